@@ -1,0 +1,36 @@
+# make demo | test | test-all | check: each sets up what it needs, from Python 3.10+ with pip alone.
+SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+# One thread per process: tests and examples run several processes on few cores.
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test test-all check format clean
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt torch_qgc/kernels/codec.cpp
+	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(PYTHON) examples/detection_mobilenetv3.py
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+test-all: $(READY)
+	$(PYTHON) -m pytest -m 'not gpu'
+
+check: $(READY)
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+format: $(READY)
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build data demo

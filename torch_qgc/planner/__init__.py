@@ -1,0 +1,26 @@
+"""Decide who answers for which data, with how many bits, and how arrivals are weighed: docs/planner.md."""
+
+from torch_qgc.planner import delays, variance
+from torch_qgc.planner.bits import allocate_bits
+from torch_qgc.planner.code import load, optimal_shares, segment_weights, split_components
+from torch_qgc.planner.design import PlanOptions, make_plan
+from torch_qgc.planner.placement import placed_weights
+from torch_qgc.planner.plan import Plan
+from torch_qgc.planner.tracks import second_moment_decoder
+from torch_qgc.planner.variance import quantization_variance
+
+__all__ = [
+    "Plan",
+    "PlanOptions",
+    "allocate_bits",
+    "delays",
+    "load",
+    "make_plan",
+    "optimal_shares",
+    "placed_weights",
+    "quantization_variance",
+    "second_moment_decoder",
+    "segment_weights",
+    "split_components",
+    "variance",
+]

@@ -1,0 +1,292 @@
+"""The plan: everything the two ends of a job must agree on before the first round."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_qgc.errors import PlanError
+from torch_qgc.planner import code, serial, tracks
+from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
+from torch_qgc.planner.variance import PASS_THROUGH_BITS, Norm, quantization_variance
+
+__all__ = ["Plan"]
+
+_ROWS_SHOWN = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Plan:
+    """Who answers for which data, with how many bits, and how arrivals are weighed.
+
+    Worker k draws its samples from partition n with probability weights[k, n] / weights[k].sum(), sends the
+    mean gradient h_k of its batch in bits[k] bits, and the round decodes to
+
+        ghat = sum over contributions of c_k Q(h_k),   E ghat = sum_n s_n gbar_n   with decoder "unbiased"
+
+    where s_n is partition n's fraction of the data and gbar_n its mean gradient. See Song & Choi eq. (2),
+    (12) and Theorem 1; their l_k is N m_k here, their a_kn is weights[k, n] when sizes are equal.
+
+    Arrays are copied and made read-only. Plans compare and hash by content, and pickle.
+
+    Args:
+        straggle_probs: [K] float64 in [0, 1], chance that worker k misses a round.
+        bits: [K] int64 in [0, 32] bits per coordinate; 32: sent unquantized; 0: sends nothing.
+        shares: [K] float64 >= 0, sum 1: fraction of the data that worker k answers for.
+        weights: [K, N] float64 >= 0, array or scipy.sparse.csr_array; rows sum to N m_k, columns to N s_n.
+        variance: [K] relative variance of what worker k sends about its mean gradient; empty: what is typical
+            of its bits.
+        partition_sizes: [N] > 0 in any unit; None: equal.
+        bit_budget: bits per coordinate over all workers that `bits` must keep to, or None.
+        block_size: coordinates that share one scale.
+        norm: "max" or "l2", what that scale is.
+        decoder: "unbiased", "hajek", "ridge" or "uncorrected": see docs/planner.md.
+        second_track: None, "ridge", "hajek" or "lmmse": how the gradient is decoded that Adam squares.
+        second_track_alpha: weight of squared bias against variance in "ridge"; more: closer to unbiased.
+        gradient_correlation: in [0, 1], what "lmmse" assumes between the gradients of two partitions.
+    Raises:
+        PlanError: anything inconsistent: the message says what was expected.
+    """
+
+    straggle_probs: Floats
+    bits: Ints
+    shares: Floats
+    weights: code.Weights
+    variance: Floats = field(default_factory=lambda: np.empty(0))
+    partition_sizes: Floats | None = None
+    bit_budget: int | None = None
+    block_size: int = 512
+    norm: Norm = "max"
+    decoder: str = "unbiased"
+    second_track: str | None = None
+    second_track_alpha: float = 1.0
+    gradient_correlation: float = 0.5
+
+    def __post_init__(self) -> None:
+        p = probabilities(self.straggle_probs)
+        bits = _integers(self.bits, len(p))
+        typical = np.size(self.variance) == 0
+        arrays: dict[str, NDArray[Any]] = {
+            "straggle_probs": p,
+            "bits": bits,
+            "shares": per_worker(self.shares, len(p), "shares"),
+            "variance": quantization_variance(bits, self.block_size, norm=self.norm)
+            if typical
+            else per_worker(self.variance, len(p), "variance"),
+        }
+        object.__setattr__(self, "weights", code.frozen_weights(self.weights, len(p)))
+        if self.partition_sizes is not None:
+            arrays["partition_sizes"] = np.array(self.partition_sizes, dtype=np.float64)
+        for name, values in arrays.items():
+            values.setflags(write=False)
+            object.__setattr__(self, name, values)
+        self._check_names()
+        self._check_budget()
+        if self.decoder in tracks.BALANCED:
+            self._check_balance()
+        # Rules that cannot be built for this plan must fail here, not in the first round.
+        _ = self._first, self._second
+
+    # -------------------------------------------------------------------------------------- decoding
+    def coefficients(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> Floats:
+        """Return the coefficient of each contribution of every worker in a round.
+
+        Args:
+            arrived: [K] bool, or int counts: a late payload may be folded into a later round, so that a
+                worker contributes twice.
+            rates: [K] expected contributions per round r_k; None: 1 - p_k.
+        Returns:
+            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0.
+        Raises:
+            PlanError: wrong shape.
+        """
+        return self._decode(self._first, arrived, rates)
+
+    def second_coefficients(
+        self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None
+    ) -> Floats | None:
+        """Return the second track's coefficients, as `coefficients` does; None without a second track."""
+        return None if self._second is None else self._decode(self._second, arrived, rates)
+
+    def _decode(self, rule: tracks.Rule, arrived: NDArray[Any], rates: NDArray[Any] | None) -> Floats:
+        arrived = np.asarray(arrived)
+        if arrived.shape != self.shares.shape:
+            raise PlanError(f"arrived: expected shape [{self.num_workers}], got {arrived.shape}")
+        if rates is None:
+            return rule(arrived, self._corrected)
+        rates = np.asarray(rates)
+        if rates.shape != self.shares.shape:
+            raise PlanError(f"rates: expected shape [{self.num_workers}], got {rates.shape}")
+        return rule(arrived, tracks.corrected_shares(self.shares, rates))
+
+    @cached_property
+    def _first(self) -> tracks.Rule:
+        return tracks.RULES[self.decoder](self)
+
+    @cached_property
+    def _second(self) -> tracks.Rule | None:
+        return None if self.second_track is None else tracks.RULES[self.second_track](self)
+
+    @cached_property
+    def _corrected(self) -> Floats:
+        return tracks.corrected_shares(self.shares, 1.0 - self.straggle_probs)
+
+    # ------------------------------------------------------------------------------------ properties
+    @property
+    def num_workers(self) -> int:
+        """K."""
+        return len(self.shares)
+
+    @property
+    def num_partitions(self) -> int:
+        """N."""
+        return int(self.weights.shape[1])
+
+    @cached_property
+    def partition_fractions(self) -> Floats:
+        """[N] fractions s_n of the data, sum 1."""
+        return code.partition_fractions(self.num_partitions, self.partition_sizes)
+
+    @cached_property
+    def load(self) -> float:
+        """Mean number of workers that hold a partition."""
+        return code.load(self.weights)
+
+    @cached_property
+    def residual_bound(self) -> float:
+        """Bound on E||ghat - g||^2 with unbiased decoding, in units of the largest ||gbar_n||^2.
+
+        sum_k delta_k m_k^2, delta_k = (p_k + v_k) / (1 - p_k): Song & Choi Lemma 1, and 1/S at their optimum.
+        It is attained when all partitions have the same gradient.
+        """
+        used = self.shares > 0
+        factors = code.error_factors(self.straggle_probs[used], self.variance[used])
+        return float(np.sum(factors * self.shares[used] ** 2))
+
+    def partition_probabilities(self, worker: int) -> Floats:
+        """Return [N] probabilities that a worker draws a sample from each partition; zeros at share 0."""
+        row: Floats = code.dense_rows(self.weights, worker, worker + 1)[0]
+        total = float(row.sum())
+        return row / total if total > 0 else row
+
+    # ------------------------------------------------------------------------------- text and identity
+    def to_json(self) -> str:
+        """Return the plan as canonical JSON: equal plans give equal text, and floats survive exactly."""
+        return serial.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            PlanError: not JSON, not a plan, another format, or a plan that does not hold together.
+        """
+        return cls(**serial.from_json(text))
+
+    def digest(self) -> str:
+        """Return a hex fingerprint of the plan: equal on two ends if and only if their plans are equal."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan.from_json, (self.to_json(),)
+
+    def __repr__(self) -> str:
+        spent, budget = int(self.bits.sum()), "" if self.bit_budget is None else f" of {self.bit_budget}"
+        second = "" if self.second_track is None else f", second track {self.second_track}"
+        lines = [
+            f"Plan({self.num_workers} workers, {self.num_partitions} partitions, {spent}{budget} bits per "
+            f"coordinate, {self.norm} norm over {self.block_size}, {self.decoder}{second}, "
+            f"load {self.load:.3g}, residual <= {self.residual_bound:.4g})"
+        ]
+        lines.append(f"{'worker':>8} {'late':>7} {'bits':>5} {'share':>8} {'coefficient':>12}")
+        for k in range(min(self.num_workers, _ROWS_SHOWN)):
+            lines.append(
+                f"{k:>8} {self.straggle_probs[k]:>7.4g} {self.bits[k]:>5} {self.shares[k]:>8.4f} "
+                f"{self._corrected[k]:>12.4f}"
+            )
+        if self.num_workers > _ROWS_SHOWN:
+            lines.append(f"     ... and {self.num_workers - _ROWS_SHOWN} more")
+        return "\n".join(lines)
+
+    # ---------------------------------------------------------------------------------------- checks
+    def _check_names(self) -> None:
+        if self.decoder not in tracks.RULES:
+            raise PlanError(f"decoder: expected one of {', '.join(tracks.DECODERS)}, got {self.decoder!r}")
+        if self.second_track is not None and self.second_track not in tracks.SECOND_TRACKS:
+            raise PlanError(
+                f"second_track: expected None or one of {', '.join(tracks.SECOND_TRACKS)}, "
+                f"got {self.second_track!r}"
+            )
+        if self.norm not in ("max", "l2"):
+            raise PlanError(f"norm: expected 'max' or 'l2', got {self.norm!r}")
+        if self.block_size < 1:
+            raise PlanError(f"block_size: expected at least 1 coordinate, got {self.block_size}")
+        if not self.second_track_alpha > 0:
+            raise PlanError(f"second_track_alpha: expected a positive weight, got {self.second_track_alpha}")
+        if not 0.0 <= self.gradient_correlation <= 1.0:
+            raise PlanError(
+                f"gradient_correlation: expected a number in [0, 1], got {self.gradient_correlation}"
+            )
+
+    def _check_budget(self) -> None:
+        spent = int(self.bits.sum())
+        if self.bit_budget is not None and spent > self.bit_budget:
+            raise PlanError(f"bits: expected at most {self.bit_budget} bits over all workers, got {spent}")
+
+    def _check_balance(self) -> None:
+        """Check sum_k a_kn = s_n and sum_n a_kn = m_k: else no coefficients make the gradient unbiased."""
+        n = self.num_partitions
+        entries = code.stored_entries(self.weights)
+        if not np.all(entries >= 0):
+            raise PlanError(
+                "weights: expected entries >= 0 (they are sampling probabilities), got a negative one or NaN"
+            )
+        if abs(float(self.shares.sum()) - 1.0) > 1e-9:
+            raise PlanError(
+                f"shares: expected sum 1, got {float(self.shares.sum())!r}; divide them by their sum"
+            )
+        rows = np.asarray(self.weights.sum(axis=1)) - n * self.shares
+        columns = np.asarray(self.weights.sum(axis=0)) - n * self.partition_fractions
+        for name, gap in (("row of worker", rows), ("column of partition", columns)):
+            worst = int(np.argmax(np.abs(gap)))
+            if abs(gap[worst]) > 1e-9 * max(n, 1):
+                raise PlanError(
+                    f"weights: expected rows to sum to N m_k and columns to N s_n, got {name} {worst} off by "
+                    f"{gap[worst]:.3g} (see torch_qgc.planner.segment_weights)"
+                )
+        if self.decoder == "uncorrected":
+            return
+        mute = np.flatnonzero((self.shares > 0) & ((self.straggle_probs >= 1.0) | np.isinf(self.variance)))
+        if mute.size:
+            raise PlanError(
+                f"shares: expected share 0 for a worker that never arrives or sends no bits, got "
+                f"{self.shares[mute[0]]:.4g} for worker {mute[0]}: its data would be missing"
+            )
+
+
+def _integers(bits: Any, num_workers: int) -> Ints:
+    values = np.array(bits)
+    if values.shape != (num_workers,) or not np.issubdtype(values.dtype, np.integer):
+        raise PlanError(
+            f"bits: expected [{num_workers}] integers, got shape {values.shape} of {values.dtype}"
+        )
+    if values.min() < 0 or values.max() > PASS_THROUGH_BITS:
+        raise PlanError(
+            f"bits: expected values in [0, {PASS_THROUGH_BITS}], got {values.min()} .. {values.max()}"
+        )
+    return values.astype(np.int64)

@@ -1,0 +1,71 @@
+"""Measured contributions per round, from which a running job takes its decode coefficients.
+
+A worker that was late misses the rounds it is late for, too, so its contributions per round r_k are not the
+delay model's 1 - p_k and must be measured. The unbiased coefficient is m_k / r_k, i.e. m_k times the mean
+number of rounds between two contributions. That mean gap is what is estimated here, not r_k itself: the
+estimate enters the coefficient linearly, so by renewal theory (Wald) the time average of the decoded gradient
+is unbiased even while the estimate is noisy; 1 / (an average frequency) would be biased upwards (Jensen).
+Only gaps that ended before the present round enter, so the coefficient never depends on who is in now.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_qgc.errors import PlanError
+
+__all__ = ["ArrivalRates"]
+
+
+class ArrivalRates:
+    """Mean rounds between contributions, per worker and chunk.
+
+    The first gaps are averaged with the plan's prior, later ones by an exponential average.
+
+    Args:
+        prior_rates: [K] expected contributions per round, in (0, 1], from the plan: 1 - p_k. A worker with
+            rate 0 keeps coefficient 0 until it has contributed.
+        chunks: number of chunks C that are tracked separately (early chunks may arrive where late ones miss).
+        prior_weight: how many contributions the prior is worth (more: slower to learn, steadier).
+        memory: contributions over which the average forgets (more: steadier, slower to follow a change).
+    """
+
+    def __init__(
+        self, prior_rates: NDArray[np.float64], chunks: int, *, prior_weight: float = 8.0, memory: float = 128.0
+    ) -> None:
+        rates = np.asarray(prior_rates, dtype=np.float64)
+        if rates.ndim != 1 or not np.all((rates >= 0) & (rates <= 1)):
+            raise PlanError(f"prior_rates: expected [K] values in [0, 1], got {prior_rates!r}")
+        if prior_weight < 0 or memory < 1:
+            raise PlanError(f"expected prior_weight >= 0 and memory >= 1, got {prior_weight} and {memory}")
+        with np.errstate(divide="ignore"):
+            prior_gap = np.where(rates > 0, 1.0 / rates, np.inf)
+        self.mean_gap = np.repeat(prior_gap[:, None], chunks, axis=1)  # [K, C] rounds
+        self._open_gap = np.zeros_like(self.mean_gap)  # rounds since the last contribution
+        self._seen = np.zeros_like(self.mean_gap)  # contributions so far
+        self._prior_weight = prior_weight
+        self._memory = memory
+
+    def rates(self, chunk: int) -> NDArray[np.float64]:
+        """Return [K] expected contributions per round of a chunk, from past rounds alone."""
+        gap = self.mean_gap[:, chunk]
+        rates: NDArray[np.float64] = np.where(np.isfinite(gap), 1.0 / np.maximum(gap, 1e-9), 0.0)
+        return rates
+
+    def update(self, chunk: int, counts: NDArray[np.int64], alive: NDArray[np.bool_]) -> None:
+        """Enter a closed round: counts [K] payloads of each worker in it; the dead are not counted as late."""
+        self._open_gap[:, chunk] += alive
+        for k in np.flatnonzero(counts):
+            for _ in range(int(counts[k])):  # a second payload in one round comes after a gap of zero rounds
+                self._enter(int(k), chunk, self._open_gap[k, chunk])
+                self._open_gap[k, chunk] = 0.0
+
+    def _enter(self, k: int, chunk: int, gap: float) -> None:
+        self._seen[k, chunk] += 1
+        mean = self.mean_gap[k, chunk]
+        if not np.isfinite(mean):
+            self.mean_gap[k, chunk] = gap
+            return
+        weight = max(1.0 / (self._prior_weight + self._seen[k, chunk]), 1.0 / self._memory)
+        self.mean_gap[k, chunk] = mean + weight * (gap - mean)
