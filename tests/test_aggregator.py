@@ -1,0 +1,383 @@
+"""The aggregator under a virtual clock: unbiased, bounded, and deaf to bad messages."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated import Job, make_spec, peer_of, simple_plan
+
+from torch_qgc import wire
+from torch_qgc.aggregator import Aggregator
+from torch_qgc.kernels import derive_key, encode
+from torch_qgc.planner import Plan, make_plan
+
+# Unequal in every respect: lateness, bits (chosen by the planner), and gradients.
+PROBS = [0.05, 0.2, 0.35, 0.6]
+
+
+def unequal_plan(**options: Any) -> Plan:
+    return make_plan(PROBS, **{"bits_per_coordinate": 4, "noise_ratio": 1.0, **options})
+
+
+def gradients(workers: int, numel: int = 512, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(workers, numel, generator=generator)
+
+
+def assert_mean_is(runs: np.ndarray, expected: np.ndarray, slack: float = 0.0) -> None:
+    """runs [R, n]: their mean is the expected one within 4 standard errors, along it and along fixed random directions."""
+    signs = np.random.default_rng(99).choice([-1.0, 1.0], size=(8, expected.size))
+    directions = np.concatenate([expected[None], signs]) / np.linalg.norm(np.concatenate([expected[None], signs]), axis=1)[:, None]
+    for direction in directions:
+        projected = runs @ direction
+        error = projected.std(ddof=1) / np.sqrt(len(runs))
+        assert abs(projected.mean() - expected @ direction) < 4 * error + slack * np.linalg.norm(expected)
+
+
+def test_decoding_is_unbiased_when_workers_are_late() -> None:
+    """Monte Carlo over rounds: independent arrivals with unequal p_k and b_k, coefficients from the plan's p."""
+    plan = unequal_plan()
+    assert len(set(plan.bits.tolist())) > 1
+    g = gradients(4)
+    rng = np.random.default_rng(0)
+    runs = []
+    for seed in range(8):
+        spec = make_spec(plan, seed=seed)
+        job = Job(plan, spec, g, lambda k, step: 2.0 if rng.random() < PROBS[k] else 0.5, abandon=True)
+        job.run(250)
+        runs.append(torch.stack(job.decoded).double().numpy())
+    true = (torch.tensor(plan.shares) @ g.double()).numpy()
+    assert_mean_is(np.concatenate(runs), true)
+
+
+class Sleeper:
+    """Delays: workers 0-2 are late in 3 % of their steps; worker 3 sleeps six steps long in half of those it starts."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, worker: int, step: int) -> float:
+        usual = self.rng.uniform(0.5, 0.9)
+        if worker == 3:
+            return usual + 6.0 * (self.rng.random() < 0.5)
+        return usual + 0.6 * (self.rng.random() < 0.03)
+
+
+@pytest.mark.parametrize("late", ["drop", "fold"])
+def test_the_time_average_is_unbiased_when_a_worker_misses_several_steps_at_a_time(late: str) -> None:
+    plan = make_plan([0.03, 0.03, 0.03, 0.5], bits_per_coordinate=4, noise_ratio=1.0)
+    g = gradients(4)
+    runs, rate = [], []
+    for seed in range(8):
+        job = Job(plan, make_spec(plan, late=late, seed=seed), g, Sleeper(seed))
+        job.run(500)
+        runs.append(torch.stack(job.decoded[200:]).double().mean(0).numpy())  # the prior p = .5 is unlearned by then
+        rate.append(np.mean(job.contributions, axis=0)[3])
+    true = (torch.tensor(plan.shares) @ g.double()).numpy()
+    # At the end of a run up to one gap of the sleeper (some 7 rounds of 300) has not been paid out yet.
+    assert_mean_is(np.array(runs), true, slack=8 / 300)
+    assert np.mean(rate) < 0.5  # it did miss rounds, many more than 1 - p says
+    if late == "fold":
+        assert job.aggregator.stats["folded"] > 0
+        assert job.aggregator.stats["dropped"] == 0
+
+
+def test_folding_keeps_what_a_late_worker_computed() -> None:
+    plan = make_plan([0.03, 0.03, 0.03, 0.5], bits_per_coordinate=4)
+    rates = {}
+    for late in ("drop", "fold"):
+        job = Job(plan, make_spec(plan, late=late), gradients(4), Sleeper(1))
+        job.run(300)
+        rates[late] = np.mean(job.contributions, axis=0)[3]
+    assert rates["fold"] > 1.5 * rates["drop"]
+
+
+def test_two_tracks_are_decoded_from_the_same_payloads() -> None:
+    plan = unequal_plan(second_track="hajek")
+    rng = np.random.default_rng(4)
+    job = Job(plan, make_spec(plan, tracks=2), gradients(4), lambda k, step: 2.0 if rng.random() < PROBS[k] else 0.5)
+    job.run(60)
+    for counts, first, second in zip(job.contributions, job.decoded, job.second):
+        if counts.sum() > 0 and not torch.equal(first, second):
+            ratio = (first / second)[second != 0]
+            assert ratio.std() < 1e-3 * ratio.abs().mean()  # Hajek rescales the whole round
+    assert len(job.second) == 60
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_downlink_codec_is_unbiased(bits: int) -> None:
+    plan = simple_plan(2, bits_per_coordinate=32)
+    g = gradients(2)
+    job = Job(plan, make_spec(plan, downlink_bits=bits, deadline_s=None), g, lambda k, step: 0.5)
+    job.run(400)
+    assert_mean_is(torch.stack(job.decoded).double().numpy(), (torch.tensor(plan.shares) @ g.double()).numpy())
+
+
+def test_without_deadline_and_quantization_the_result_is_the_weighted_mean() -> None:
+    plan = simple_plan(3, bits_per_coordinate=32)
+    g = gradients(3, numel=1300)
+    job = Job(plan, make_spec(plan, deadline_s=None, numel=1300), g, lambda k, step: 0.5 + k)
+    job.run(5)
+    for decoded in job.decoded:
+        torch.testing.assert_close(decoded, g.mean(0), rtol=1e-6, atol=1e-6)  # three fp32 additions
+
+
+def test_a_step_closes_at_the_deadline_and_not_at_the_straggler() -> None:
+    plan = simple_plan(3)
+    job = Job(plan, make_spec(plan, deadline_s=1.0), gradients(3), lambda k, step: 5.0 if k == 2 else 0.3)
+    job.run(20)
+    assert job.net.now() == pytest.approx(20 * 1.0, abs=6.0)  # waiting would have taken 100 s
+    assert job.workers[2].computed < 10
+
+
+def test_warm_up_and_quorum_extend_the_deadline() -> None:
+    plan = simple_plan(4)
+    spec = make_spec(plan, warmup_steps=3, quorum=3)
+    job = Job(plan, spec, gradients(4), lambda k, step: 4.0 if k >= 2 else 0.3)
+    job.run(10)
+    assert [counts.tolist() for counts in job.contributions[:3]] == [[1, 1, 1, 1]] * 3
+    assert all((counts > 0).sum() >= 3 for counts in job.contributions)
+    assert job.aggregator.stats["extended"] > 0
+
+
+def test_a_dead_worker_is_not_waited_for_and_its_share_is_spread() -> None:
+    plan = simple_plan(3, bits_per_coordinate=32)
+    g = gradients(3)
+    spec = make_spec(plan, deadline_s=None)
+    job = Job(plan, spec, g, lambda k, step: float("inf") if k == 2 and step == 3 else 0.5)
+    job.net.at(10.0, lambda: job.net.disconnect(peer_of(2)))
+    job.workers[2].step = 0
+    job.last_step = 8
+    for worker in job.workers:
+        job.net.at(0.0, worker.hello)
+    from torch_qgc.serve import serve
+
+    serve(job.aggregator, job.net, job.net, stop=lambda: all(w.step >= 8 for w in job.workers[:2]))
+    torch.testing.assert_close(job.decoded[2], g.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(job.decoded[7], g[:2].mean(0), rtol=1e-6, atol=1e-6)
+    assert job.aggregator.stats["lost_workers"] == 1
+    assert job.net.now() < 20
+
+
+def test_non_finite_gradients_travel_as_such() -> None:
+    plan = simple_plan(2)
+    g = gradients(2, numel=1024)
+    g[1, 700] = float("inf")
+    job = Job(plan, make_spec(plan, numel=1024, chunk_numel=1024), g, lambda k, step: 0.5)
+    job.run(2)
+    assert torch.isfinite(job.decoded[0][:512]).all()
+    assert job.decoded[0][512:].isnan().all()
+
+
+# --- memory ---------------------------------------------------------------------------------------------
+
+
+def test_the_log_stays_within_its_bound_and_memory_is_flat() -> None:
+    """1000 steps of a megabyte each, with a late worker: the log holds its bound, the process does not grow."""
+    psutil = pytest.importorskip("psutil")
+    plan = simple_plan(2, bits_per_coordinate=2)
+    numel = 512 * 128
+    spec = make_spec(plan, numel=numel, chunk_numel=512 * 64, log_bytes=16 * 4 * numel, late="fold")
+    job = Job(plan, spec, gradients(2, numel), lambda k, step: 3.0 if k == 1 and step % 7 == 0 else 0.5)
+    job.decoded = _Forgetful()  # type: ignore[assignment]
+    resident, logged = [], []
+    process = psutil.Process(os.getpid())
+
+    def sample() -> None:
+        resident.append(process.memory_info().rss)
+        logged.append(job.aggregator._log.bytes)
+        assert len(job.aggregator._began_at) <= 2
+        assert len(job.aggregator._rounds) == 2
+
+    for at in range(100, 900, 100):
+        job.net.at(float(at), sample)
+    job.run(1000)
+    assert max(logged) <= spec.log_bytes + 16 * 2 * 1024  # headers
+    assert job.aggregator._log.capacity == 16
+    # One log is 4 MiB; 1000 steps made 250 MiB of results and 130 MiB of payloads.
+    assert max(resident[2:]) - min(resident[2:]) < 24 << 20
+
+
+class _Forgetful(list[torch.Tensor]):
+    def append(self, item: torch.Tensor) -> None:
+        pass
+
+
+def test_a_worker_about_to_fall_off_the_log_is_waited_for() -> None:
+    plan = simple_plan(2)
+    job = Job(plan, make_spec(plan, log_steps=8), gradients(2), lambda k, step: 60.0 if k == 1 and step == 2 else 0.5)
+    ahead = []
+
+    def watch() -> None:
+        ahead.append(job.workers[0].step - 2)
+
+    job.net.at(50.0, watch)
+    job.run(30)
+    assert 4 <= ahead[0] <= 8  # it stopped within the log, and both came to the end
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """Say single messages to an aggregator and see its answers."""
+
+    def __init__(self, plan: Plan, spec: wire.JobSpec) -> None:
+        self.aggregator, self.plan, self.spec = Aggregator(), plan, spec
+
+    def say(self, peer: bytes, message: wire.FromWorker | bytes, *rest: Any) -> list[wire.FromAggregator]:
+        header = message if isinstance(message, bytes) else wire.encode_message(message)
+        self.aggregator.receive(peer, [header, *rest], now=0.0)
+        return [wire.decode_from_aggregator(f[0]) for p, f in self.aggregator.drain() if p == peer]
+
+    def join(self, worker: int, peer: bytes | None = None, **changes: Any) -> list[wire.FromAggregator]:
+        spec = make_spec(self.plan, **changes) if changes else self.spec
+        hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=worker, step=0, spec=spec)
+        return self.say(peer or peer_of(worker), hello, *([self.plan.to_json().encode()] if worker == 0 else []))
+
+    def push(self, worker: int, step: int = 0, chunk: int = 0, bits: int = 4, cut: int = 0) -> list[wire.FromAggregator]:
+        encoded = encode(torch.randn(512), bits, key=derive_key(0, step, worker))
+        payload = bytes(encoded.to_buffer())
+        return self.say(peer_of(worker), wire.Push(step, chunk, bits, 0.0, 0.0), payload[: len(payload) - cut])
+
+
+@pytest.fixture
+def talk() -> Talk:
+    plan = simple_plan(3)
+    talk = Talk(plan, make_spec(plan))
+    assert isinstance(talk.join(0)[0], wire.Welcome)
+    assert isinstance(talk.join(1)[0], wire.Welcome)
+    return talk
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"workers": 4}, "world size"),
+        ({"layout_digest": "another"}, "same model"),
+        ({"plan_digest": "another"}, "same plan"),
+        ({"deadline_s": 2.0}, "same arguments"),
+        ({"seed": 5}, "same arguments"),
+    ],
+)
+def test_a_worker_of_another_job_is_refused_by_name(talk: Talk, changes: dict[str, Any], named: str) -> None:
+    (answer,) = talk.join(2, **changes)
+    assert isinstance(answer, wire.Refusal)
+    assert named in answer.text
+    assert next(iter(changes)) in answer.text
+    assert isinstance(talk.join(2)[0], wire.Welcome)  # the job goes on
+
+
+def test_workers_may_come_before_worker_zero() -> None:
+    plan = simple_plan(4)
+    talk = Talk(plan, make_spec(plan))
+    for worker in (3, 1, 2):
+        assert talk.join(worker) == []
+    hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
+    talk.aggregator.receive(peer_of(0), [wire.encode_message(hello), plan.to_json().encode()], now=0.0)
+    welcomed = {peer for peer, frames in talk.aggregator.drain() if isinstance(wire.decode_from_aggregator(frames[0]), wire.Welcome)}
+    assert welcomed == {peer_of(k) for k in range(4)}
+
+
+def test_a_duplicate_worker_is_refused(talk: Talk) -> None:
+    (answer,) = talk.join(1, peer=b"another")
+    assert isinstance(answer, wire.Refusal)
+    assert "already in this job" in answer.text
+
+
+def test_a_worker_number_out_of_range_is_refused(talk: Talk) -> None:
+    (answer,) = talk.join(3)
+    assert isinstance(answer, wire.Refusal)
+    assert "below 3, got 3" in answer.text
+
+
+def test_another_protocol_version_is_refused(talk: Talk) -> None:
+    hello = wire.Hello(version=99, worker=2, step=0, spec=talk.spec)
+    (answer,) = talk.say(b"old", hello)
+    assert isinstance(answer, wire.Refusal)
+    assert "same version of torch_qgc" in answer.text
+
+
+def test_worker_zero_without_a_valid_plan_is_refused() -> None:
+    plan = simple_plan(3)
+    talk = Talk(plan, make_spec(plan))
+    hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
+    for rest in ([], [b"no json"], [b"{}"], [make_plan([0.1] * 4).to_json().encode()]):
+        (answer,) = talk.say(b"w", hello, *rest)
+        assert isinstance(answer, wire.Refusal), rest
+        assert "plan" in answer.text
+    assert isinstance(talk.join(0)[0], wire.Welcome)
+
+
+def test_a_log_too_small_for_the_model_is_refused_with_the_remedy() -> None:
+    plan = simple_plan(3)
+    (answer,) = Talk(plan, make_spec(plan, log_bytes=4096)).join(0)
+    assert isinstance(answer, wire.Refusal)
+    assert "log_bytes" in answer.text
+
+
+def test_bad_payloads_are_rejected_and_counted(talk: Talk) -> None:
+    cases = {
+        "truncated": talk.push(0, cut=3),
+        "bits": talk.push(0, bits=5),
+        "cannot have begun": talk.push(0, step=1),
+        "chunk": talk.push(0, chunk=1),
+    }
+    for word, answers in cases.items():
+        (answer,) = answers
+        assert isinstance(answer, wire.Rejected), word
+        assert word in answer.text
+        assert "expected" in answer.text or "cannot" in answer.text
+    assert talk.push(0) == []
+    (answer,) = talk.push(0)
+    assert isinstance(answer, wire.Rejected)
+    assert "second payload" in answer.text
+    assert talk.aggregator.stats["bad_messages"] == 5
+
+
+def test_beginning_a_step_of_the_future_is_rejected(talk: Talk) -> None:
+    (answer,) = talk.say(peer_of(0), wire.Begin(7))
+    assert isinstance(answer, wire.Rejected)
+
+
+def test_a_stranger_is_asked_to_introduce_itself(talk: Talk) -> None:
+    (answer,) = talk.say(b"stranger", wire.Begin(0))
+    assert isinstance(answer, wire.Introduce)
+
+
+@given(data=st.binary(max_size=400), rest=st.lists(st.binary(max_size=100), max_size=3), member=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_garbage_never_crashes_the_aggregator(data: bytes, rest: list[bytes], member: bool) -> None:
+    plan = simple_plan(2)
+    talk = Talk(plan, make_spec(plan))
+    talk.join(0)
+    talk.join(1)
+    talk.say(peer_of(0) if member else b"stranger", data, *rest)
+    assert talk.aggregator.failed is None
+    assert talk.push(0) == []  # the job goes on
+
+
+# --- agreement ------------------------------------------------------------------------------------------
+
+
+def test_replicas_that_differ_end_the_job_by_name(talk: Talk) -> None:
+    talk.join(2)
+    for worker, digest in enumerate(["aa", "aa", "bb"]):
+        talk.aggregator.receive(peer_of(worker), [wire.encode_message(wire.Hash(50, digest))], now=0.0)
+    failures = [wire.decode_from_aggregator(frames[0]) for _, frames in talk.aggregator.drain()]
+    assert len(failures) == 3
+    assert all(isinstance(f, wire.Failed) and "[2]" in f.text and "step 50" in f.text for f in failures)
+
+
+def test_a_fault_on_one_worker_reaches_all(talk: Talk) -> None:
+    talk.join(2)
+    talk.aggregator.receive(peer_of(1), [wire.encode_message(wire.Fault(4, "boom"))], now=0.0)
+    told = {peer: wire.decode_from_aggregator(frames[0]) for peer, frames in talk.aggregator.drain()}
+    assert set(told) == {peer_of(k) for k in range(3)}
+    assert all("worker 1 failed at step 4: boom" in message.text for message in told.values())  # type: ignore[union-attr]

@@ -1,0 +1,101 @@
+"""Measured contributions per round: coefficients from them are unbiased in time."""
+
+import numpy as np
+import pytest
+
+from torch_qgc.errors import PlanError
+from torch_qgc.planner.rates import ArrivalRates
+
+
+def time_average(contributions: np.ndarray, prior: float) -> float:
+    """Mean over rounds of contributions / rate, which is 1 when unbiased; contributions [rounds] int."""
+    rates = ArrivalRates(np.array([prior]), 1)
+    total = 0.0
+    for count in contributions:
+        if count:
+            total += count / rates.rates(0)[0]
+        rates.update(0, np.array([count]), np.array([True]))
+    return total / len(contributions)
+
+
+def bursts(rng: np.random.Generator, rounds: int, sleep: int) -> np.ndarray:
+    """A worker that, each time it is awake, sleeps through `sleep` rounds with probability one half."""
+    arrived, out = 0, []
+    while len(out) < rounds:
+        if arrived % 2 == 0 and rng.random() < 0.5:
+            out += [0] * sleep
+        out.append(1)
+        arrived += 1
+    return np.array(out[:rounds])
+
+
+def standard_error(runs: list[float]) -> float:
+    return float(np.std(runs, ddof=1) / np.sqrt(len(runs)))
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.5, 0.9])
+def test_independent_arrivals_are_weighted_without_bias(rate: float) -> None:
+    rng = np.random.default_rng(1)
+    runs = [time_average(rng.random(3000) < rate, prior=rate) for _ in range(60)]
+    assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 8 / 3000  # the last open gap is not paid yet
+
+
+@pytest.mark.parametrize("prior", [0.29, 0.9])
+def test_bursts_of_absence_are_weighted_without_bias_once_learned(prior: float) -> None:
+    rng = np.random.default_rng(2)
+    runs = []
+    for _ in range(60):
+        contributions = bursts(rng, 6000, sleep=6)
+        rates = ArrivalRates(np.array([prior]), 1)
+        paid = []
+        for count in contributions:
+            paid.append(count / rates.rates(0)[0] if count else 0.0)
+            rates.update(0, np.array([count]), np.array([True]))
+        runs.append(float(np.mean(paid[3000:])))  # the first half is where a wrong prior is forgotten
+    assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 12 / 3000
+
+
+def test_an_averaged_frequency_would_be_biased() -> None:
+    """Why the mean gap is estimated: the obvious estimate, 1 / EMA(arrived), fails the very same test."""
+    rng = np.random.default_rng(3)
+    runs = []
+    for _ in range(60):
+        rate, paid = 1 / 2.5, []
+        for count in bursts(rng, 6000, sleep=6):
+            paid.append(count / rate)
+            rate += (count - rate) / 50
+        runs.append(float(np.mean(paid[3000:])))
+    assert abs(np.mean(runs) - 1) > 4 * standard_error(runs) + 12 / 3000
+
+
+def test_folded_payloads_count_each() -> None:
+    rates = ArrivalRates(np.array([0.5]), 1)
+    for _ in range(2000):
+        rates.update(0, np.array([0]), np.array([True]))
+        rates.update(0, np.array([2]), np.array([True]))
+    assert rates.rates(0)[0] == pytest.approx(1.0, rel=0.05)
+
+
+def test_chunks_are_tracked_apart_and_the_dead_are_not_counted_late() -> None:
+    rates = ArrivalRates(np.array([0.5, 0.5]), 2)
+    for _ in range(500):
+        rates.update(0, np.array([1, 0]), np.array([True, False]))
+    assert rates.rates(0)[0] == pytest.approx(1.0, rel=0.05)
+    assert rates.rates(1) == pytest.approx([0.5, 0.5])
+    rates.update(0, np.array([1, 1]), np.array([True, True]))
+    assert rates.rates(0)[1] > 0.5  # a gap of one round, not of 501
+
+
+def test_a_worker_without_prior_gets_weight_once_it_has_come() -> None:
+    rates = ArrivalRates(np.array([0.0]), 1)
+    assert rates.rates(0)[0] == 0
+    for _ in range(4):
+        rates.update(0, np.array([0]), np.array([True]))
+    rates.update(0, np.array([1]), np.array([True]))
+    assert rates.rates(0)[0] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("bad", [[1.5], [-0.1], [[0.5]], [float("nan")]])
+def test_bad_priors_are_refused(bad: list[float]) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        ArrivalRates(np.array(bad), 1)

@@ -1,0 +1,36 @@
+"""Quantized gradient coding for PyTorch DDP: few bits, steps that close at a deadline, unbiased decoding."""
+
+from torch_qgc.errors import (
+    CodecError,
+    ConfigError,
+    JobFailed,
+    PlanError,
+    ProtocolError,
+    QGCError,
+    Refused,
+)
+from torch_qgc.hook import Limits, QGCState, qgc_hook
+from torch_qgc.optim import CodedAdam, CodedAdamW, CodedSGD
+from torch_qgc.planner import Plan, make_plan
+from torch_qgc.rendezvous import Network
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CodecError",
+    "CodedAdam",
+    "CodedAdamW",
+    "CodedSGD",
+    "ConfigError",
+    "JobFailed",
+    "Limits",
+    "Network",
+    "Plan",
+    "PlanError",
+    "ProtocolError",
+    "QGCError",
+    "QGCState",
+    "Refused",
+    "make_plan",
+    "qgc_hook",
+]
