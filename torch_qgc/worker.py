@@ -80,6 +80,7 @@ class Worker:
         self._inbox: dict[int, dict[int, ClosedRound]] = {}
         self._held_bytes = 0
         self._step = first_step  # the first step whose results the training thread has not taken
+        self._newest = -1  # the newest step of which any result was received, kept or not
         self._started: dict[int, float] = {}
         self._welcomed: set[int] = set()
         self._error: QGCError | None = None
@@ -145,7 +146,7 @@ class Worker:
         """
         with self._news:
             self._check()
-            return len(self._inbox.get(step, ())) == self.spec.chunks or any(s > step for s in self._inbox)
+            return len(self._inbox.get(step, ())) == self.spec.chunks or step < self._newest
 
     def results(self, step: int) -> Iterator[ClosedRound]:
         """Yield the step's results, each as soon as it is in, until all chunks are; then forget them.
@@ -154,13 +155,16 @@ class Worker:
             JobFailed, Refused: the job has ended.
         """
         taken: set[int] = set()
+        asked = False
         while len(taken) < self.spec.chunks:
             with self._news:
                 self._check()
                 ready = [r for c, r in self._inbox.get(step, {}).items() if c not in taken]
                 if not ready:
-                    if not self._news.wait(REFETCH_S):
+                    lost = step < self._newest and not asked  # did not fit into the inbox when it came
+                    if lost or not self._news.wait(REFETCH_S):
                         self._refetch(step)
+                        asked = True
                     continue
             for result in ready:
                 taken.add(result.chunk)
@@ -302,6 +306,7 @@ class Worker:
             )
         result = ClosedRound(header.step, header.chunk, header.bits, contributions, tracks)
         with self._news:
+            self._newest = max(self._newest, result.step)
             if result.step < self._step or result.chunk in self._inbox.get(result.step, {}):
                 return  # answered twice
             if result.step > self._step and self._held_bytes + result.nbytes > self._inbox_bytes:
