@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
-from torch_qgc.hook import parameter_digest
 
 SAMPLES = 480
 
@@ -62,8 +61,12 @@ def late_job(rank: int, late: str, optimizer: str, downlink_bits: int, aggregato
     )
     loader = state.loader(dataset(), batch_size=6)
     if optimizer == "adam":
-        opt = qgc.CodedAdam(ddp.parameters(), state, lr=1e-2)
-        update = lambda: (opt.step(), opt.zero_grad())  # noqa: E731
+        opt: torch.optim.Optimizer = qgc.CodedAdam(ddp.parameters(), state, lr=1e-2)
+
+        def update() -> None:
+            opt.step()
+            opt.zero_grad()
+
     else:
         opt = qgc.CodedSGD(ddp.parameters(), state, lr=1e-2, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.95)
@@ -74,7 +77,7 @@ def late_job(rank: int, late: str, optimizer: str, downlink_bits: int, aggregato
     original = state._verify
 
     def verify() -> None:  # called at every step boundary, replayed steps included
-        digests[state.step] = parameter_digest(list(ddp.parameters()))
+        digests[state.step] = state.layout.parameter_digest()
         original()
 
     state._verify = verify  # type: ignore[method-assign]
@@ -86,7 +89,7 @@ def late_job(rank: int, late: str, optimizer: str, downlink_bits: int, aggregato
                 time.sleep(0.6)
             torch.nn.functional.mse_loss(ddp(x), y).backward()
             update()
-        digests[state.step] = parameter_digest(list(ddp.parameters()))
+        digests[state.step] = state.layout.parameter_digest()
         report = state.report()
     return {"digests": digests, "report": report, "slept": slept, "lr": opt.param_groups[0]["lr"]}
 
@@ -219,7 +222,7 @@ def epochs_job(rank: int) -> list[Any]:
             ddp.train()
             checkpoint = {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict(), "qgc": state.state_dict()}
             buffers = [b.tolist() for b in ddp.module.buffers()]
-            seen.append((epoch, state.step, float(loss), parameter_digest(list(ddp.parameters())), buffers))
+            seen.append((epoch, state.step, float(loss), state.layout.parameter_digest(), buffers))
             assert checkpoint["qgc"]["step"] == state.step
             dist.barrier()
     return [seen, batches]
@@ -259,7 +262,7 @@ def rebuilt_buckets(rank: int, static_graph: bool) -> tuple[list[int], str]:
         optimizer.zero_grad()
     dist.barrier()
     state.close()
-    return buckets, parameter_digest(list(ddp.parameters()))
+    return buckets, state.layout.parameter_digest()
 
 
 @pytest.mark.parametrize("static_graph", [False, True])
@@ -454,6 +457,8 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Any) -> None:
             time.sleep(0.1)
         assert not [pid for pid in pids if psutil.pid_exists(pid)]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         job.wait()

@@ -17,7 +17,7 @@ LAYERS = [
     ["strategy", "simulator"],
     ["optim"],
     ["hook"],
-    ["data", "rendezvous", "report"],
+    ["data", "rendezvous", "report", "settings"],
     ["gradients", "serve"],
     ["worker", "aggregator", "layout"],
     ["decoder", "resultlog", "roster", "rounds"],

@@ -9,10 +9,11 @@ from torch_qgc.errors import (
     QGCError,
     Refused,
 )
-from torch_qgc.hook import Limits, QGCState, qgc_hook
+from torch_qgc.hook import QGCState, qgc_hook
 from torch_qgc.optim import CodedAdam, CodedAdamW, CodedSGD
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.rendezvous import Network
+from torch_qgc.settings import Limits
 
 __version__ = "0.1.0"
 

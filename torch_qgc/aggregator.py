@@ -80,7 +80,7 @@ class Aggregator:
         """Close what is due, and ping."""
         if self._roster is None or self.failed is not None:
             return
-        self._close_due(now)
+        self._close_due(self._chunks, now)
         if now >= self._next_ping_at:
             self._next_ping_at = now + self._ping_interval_s
             for peer in self._roster.peers():
@@ -174,8 +174,10 @@ class Aggregator:
         match message:
             case wire.Begin(step):
                 self._begin(worker, step, now)
+                self._close_due(self._chunks, now)
             case wire.Push():
                 self._push(worker, message, rest)
+                self._close_due([message.chunk], now)
             case wire.Fetch(step, chunk):
                 logged = self._log.get(step, chunk)
                 if logged is not None:
@@ -191,7 +193,7 @@ class Aggregator:
                 self.fail(f"worker {worker} failed at step {step}: {text}")
             case wire.Bye():
                 self._roster.leave(worker)
-        self._close_due(now)
+                self._close_due(self._chunks, now)
 
     def _begin(self, worker: int, step: int, now: float) -> None:
         assert self._roster is not None
@@ -242,12 +244,10 @@ class Aggregator:
 
     # --- closing ----------------------------------------------------------------------------------------
 
-    def _close_due(self, now: float) -> None:
+    def _close_due(self, chunks: Sequence[int], now: float) -> None:
         assert self._roster is not None
-        if self.failed is not None:
-            return
         awaited = self._roster.awaited(now)
-        for chunk in self._chunks:
+        for chunk in chunks:
             current = self._rounds[chunk]
             began_at = self._began_at.get(current.step)
             leashed = self._roster.behind(current.step - self._log.capacity + 2)

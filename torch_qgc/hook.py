@@ -1,13 +1,11 @@
 """QGCState and qgc_hook: what DDP calls instead of its all-reduce."""
 
 # No `from __future__ import annotations` here: DDP inspects the hook's annotations and refuses strings.
-import hashlib
 import statistics
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -24,33 +22,10 @@ from torch_qgc.rendezvous import Network, check_model, start_aggregators
 from torch_qgc.report import Report
 from torch_qgc.rounds import ClosingRule
 from torch_qgc.serve import AggregatorProcess
-from torch_qgc.wire import JobSpec
+from torch_qgc.settings import Limits, Settings
 from torch_qgc.worker import Worker
 
-__all__ = ["Limits", "QGCState", "qgc_hook"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds on memory and patience.
-
-    Args:
-        chunk_numel: coordinates per chunk (a multiple of 512). Smaller: more overlap, more overhead.
-        max_staleness: how many steps old a late payload may be to be folded.
-        log_steps, log_bytes: closed steps an aggregator keeps for late workers; whichever is less. A worker that
-            is about to fall off the log is waited for.
-        inbox_bytes: results a late worker keeps unread; what does not fit is asked for again.
-        join_timeout_s: how long the first step waits for workers.
-        silence_s: an aggregator that is silent for that long is gone.
-    """
-
-    chunk_numel: int = 1 << 20
-    max_staleness: int = 8
-    log_steps: int = 256
-    log_bytes: int = 512 << 20
-    inbox_bytes: int = 512 << 20
-    join_timeout_s: float = 300.0
-    silence_s: float = 30.0
+__all__ = ["QGCState", "qgc_hook"]
 
 
 class QGCState:
@@ -105,17 +80,6 @@ class QGCState:
         self.plan = plan if plan is not None else _default_plan(self.workers, straggle_probs, bits_per_coordinate)
         if plan is not None and straggle_probs is not None:
             raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")
-        if self.plan.num_workers != self.workers:
-            raise ConfigError(
-                f"plan: expected one for {self.workers} workers (the process group's size), got one for "
-                f"{self.plan.num_workers}: make_plan needs one straggle probability per rank"
-            )
-        if warmup_steps < 2:
-            raise ConfigError(f"warmup_steps: expected at least 2 (DDP rebuilds its buckets then), got {warmup_steps}")
-        if downlink_bits != 32 and not 2 <= downlink_bits <= 16:
-            raise ConfigError(f"downlink_bits: expected 2..16, or 32 for fp32, got {downlink_bits}")
-        if not 1 <= aggregators <= self.workers:
-            raise ConfigError(f"aggregators: expected 1..{self.workers} (one per worker at most), got {aggregators}")
         self.rule = ClosingRule(
             deadline_s=deadline_s,
             late=late,
@@ -123,11 +87,19 @@ class QGCState:
             quorum=quorum if quorum is not None else max(1, self.workers // 2),
             max_staleness=limits.max_staleness,
         )
+        self._settings = Settings(
+            workers=self.workers,
+            plan=self.plan,
+            rule=self.rule,
+            downlink_bits=downlink_bits,
+            aggregators=aggregators,
+            verify_every=verify_every,
+            limits=limits,
+        )
         self.layout = Layout(self.model.module.named_parameters(), chunk_numel=limits.chunk_numel)
         self.step = 0
-        self.report_counts = Report(workers=self.workers, numel=self.layout.numel)
-        self._seed, self._verify_every, self._limits = seed, verify_every, limits
-        self._downlink_bits = downlink_bits
+        self._counts = Report(workers=self.workers, numel=self.layout.numel)
+        self._seed = seed
         self._second_track = False
         self._update: Callable[[], Any] | None = None
         self._begun_at: float | None = None
@@ -137,7 +109,6 @@ class QGCState:
         self._worker: Worker | None = None
         self._flat: FlatGradient | None = None
         self._endpoints, self._children = start_aggregators(self.process_group, aggregators, network)
-        self._count = len(self._endpoints)
         self._prehook = self.model.register_forward_pre_hook(_begin_step(weakref.ref(self)))
         self._closer = weakref.finalize(self, _close, self._handles())  # also at interpreter exit
 
@@ -178,7 +149,8 @@ class QGCState:
 
         def update() -> None:
             if max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                self._scale_second_track(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))  # as torch scales
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -202,6 +174,11 @@ class QGCState:
             return None
         return self._flat.view(self.layout.slot(parameter), 1)
 
+    def _scale_second_track(self, factor: torch.Tensor) -> None:
+        if self._flat is not None:
+            for track in self._flat.tracks[1:]:
+                track.mul_(factor)
+
     @torch.no_grad()
     def sync_buffers(self) -> None:
         """Average floating-point buffers (BatchNorm's statistics) over all ranks; others are rank 0's. Collective."""
@@ -215,10 +192,10 @@ class QGCState:
     def report(self) -> Report:
         """Return what this worker has done and seen so far."""
         if self._worker is not None:
-            self.report_counts.bytes_sent = self._worker.bytes_sent
-            self.report_counts.bytes_received = self._worker.bytes_received
-            self.report_counts.rejections = tuple(self._worker.rejections)
-        return self.report_counts.snapshot()
+            self._counts.bytes_sent = self._worker.bytes_sent
+            self._counts.bytes_received = self._worker.bytes_received
+            self._counts.rejections = tuple(self._worker.rejections)
+        return self._counts.snapshot()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold to go on: the step and the plan."""
@@ -272,6 +249,8 @@ class QGCState:
         worker, flat = self._joined(), self._flat
         assert flat is not None
         buffer = bucket.buffer()
+        if buffer.is_sparse:
+            raise ConfigError("expected dense gradients, got a sparse one: use Embedding(..., sparse=False)")
         places = [(self.layout.slot(p), g) for p, g in zip(bucket.parameters(), bucket.gradients())]
         bits = int(self.plan.bits[self.rank])
         key = derive_key(self._seed, self.step, self.rank)
@@ -286,7 +265,7 @@ class QGCState:
         if flat.gathered:
             assert self._begun_at is not None
             self._own_times_s.append(time.monotonic() - self._begun_at)
-            self.report_counts.late_steps += closed_without_us
+            self._counts.late_steps += closed_without_us
             # Every gradient is out, so waiting here delays nothing; and unlike DDP's own wait for the futures it can
             # be interrupted, and an error surfaces as itself and not as a failed cast of a future's value.
             self._finish()
@@ -297,7 +276,7 @@ class QGCState:
         assert self._flat is not None
         waiting_since = time.monotonic()
         self._receive()
-        self.report_counts.wait_s += time.monotonic() - waiting_since
+        self._counts.wait_s += time.monotonic() - waiting_since
         for future, buffer, places in self._pending:
             for slot, gradient in places:
                 gradient.copy_(self._flat.view(slot))
@@ -305,7 +284,7 @@ class QGCState:
         self._pending.clear()
         self._flat.reset()
         self._begun_at = None
-        self.report_counts.computed_steps += 1
+        self._counts.computed_steps += 1
 
     def _receive(self) -> None:
         """Take the results of `self.step` into the tracks; then this step is done."""
@@ -314,8 +293,8 @@ class QGCState:
         for result in self._joined().results(self.step):
             self._flat.decode(result)
             counts += result.contributions
-        self.report_counts.contribution_sums += counts / len(self.layout.chunks)
-        self.report_counts.steps += 1
+        self._counts.contribution_sums += counts / len(self.layout.chunks)
+        self._counts.steps += 1
         self.step += 1
 
     # --- steps that closed without us -------------------------------------------------------------------
@@ -361,55 +340,36 @@ class QGCState:
         update()
         for p, gradient in zip(self.layout.parameters, found):
             p.grad = gradient  # as it was: whoever clears gradients after loading a batch still does
-        self.report_counts.replayed_steps += 1
+        self._counts.replayed_steps += 1
 
     # --- joining, agreement, leaving --------------------------------------------------------------------
 
     def _joined(self) -> Worker:
         if self._worker is None:
-            spec = self._spec()
-            self._flat = FlatGradient(self.layout, tracks=spec.tracks)
+            limits, tracks = self._settings.limits, 2 if self._second_track else 1
+            spec = self._settings.job_spec(
+                self.layout, first_step=self.step, seed=self._seed, tracks=tracks, aggregators=len(self._endpoints)
+            )
+            self._flat = FlatGradient(self.layout, tracks=tracks)
             self._worker = Worker(
                 self._endpoints,
                 spec,
                 self.rank,
                 self.plan.to_json(),
                 first_step=self.step,
-                inbox_bytes=self._limits.inbox_bytes,
-                silence_s=self._limits.silence_s,
+                inbox_bytes=limits.inbox_bytes,
+                silence_s=limits.silence_s,
             )
             self._closer.detach()
             self._closer = weakref.finalize(self, _close, self._handles())
-            self._worker.join(self._limits.join_timeout_s)
+            self._worker.join(limits.join_timeout_s)
         return self._worker
 
-    def _spec(self) -> JobSpec:
-        return JobSpec(
-            workers=self.workers,
-            numel=self.layout.numel,
-            chunk_numel=self.layout.chunk_numel,
-            layout_digest=self.layout.digest,
-            plan_digest=self.plan.digest(),
-            first_step=self.step,
-            seed=self._seed,
-            aggregators=self._count,
-            tracks=2 if self._second_track else 1,
-            downlink_bits=self._downlink_bits,
-            deadline_s=self.rule.deadline_s,
-            warmup_steps=self.rule.warmup_steps,
-            quorum=self.rule.quorum,
-            late=self.rule.late,
-            max_staleness=self.rule.max_staleness,
-            verify_every=self._verify_every,
-            log_steps=self._limits.log_steps,
-            log_bytes=self._limits.log_bytes,
-            join_timeout_s=self._limits.join_timeout_s,
-        )
-
     def _verify(self) -> None:
-        if self._verify_every and self.step % self._verify_every == 0 and self.step > self._hashed_step:
+        every = self._settings.verify_every
+        if every and self.step % every == 0 and self.step > self._hashed_step:
             self._hashed_step = self.step
-            self._joined().send_hash(self.step, parameter_digest(self.layout.parameters))
+            self._joined().send_hash(self.step, self.layout.parameter_digest())
 
     def _fault(self, error: Exception) -> None:
         if self._worker is not None:
@@ -428,14 +388,6 @@ def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[t
     4. Copy it into the buckets and complete their futures.
     """
     return state.take_bucket(bucket)
-
-
-def parameter_digest(parameters: Sequence[torch.Tensor]) -> str:
-    """Return a hex digest of the parameters' bytes: equal exactly when replicas are bit-identical."""
-    digest = hashlib.blake2b(digest_size=16)
-    for p in parameters:
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _default_plan(workers: int, straggle_probs: Sequence[float] | None, bits_per_coordinate: float) -> Plan:

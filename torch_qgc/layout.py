@@ -70,6 +70,8 @@ class Layout:
         if not trained:
             raise ConfigError("the model has no parameter with requires_grad=True: there is nothing to train")
         self.parameters: list[torch.nn.Parameter] = [p for _, p in reversed(trained)]
+        if len({p.device for p in self.parameters}) > 1:
+            raise ConfigError(f"expected all parameters on one device, got {sorted({str(p.device) for p in self.parameters})}")
         self.slots: list[Slot] = []
         offset = 0
         for name, p in reversed(trained):
@@ -114,6 +116,13 @@ class Layout:
         """Hex digest of names, shapes, dtypes, order and chunking: equal exactly when two layouts are."""
         content = [[s.name, s.shape, s.dtype, s.offset] for s in self.slots]
         return hashlib.blake2b(json.dumps([self.chunk_numel, content]).encode(), digest_size=16).hexdigest()
+
+    def parameter_digest(self) -> str:
+        """Hex digest of the parameters' bytes: equal exactly when replicas are bit-identical."""
+        digest = hashlib.blake2b(digest_size=16)
+        for p in self.parameters:
+            digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"Layout({len(self.slots)} parameters, {self.numel:,} coordinates, {len(self.chunks)} chunks)"
