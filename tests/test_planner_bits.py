@@ -131,9 +131,9 @@ def test_exact_takes_100_000_workers_in_well_under_a_second(shape: str) -> None:
         table = np.cumsum(rng.random((k, 33)) ** 8, axis=1)
     took = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         bits = allocate_bits(table, 4 * k + 7)
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
     assert bits.sum() == 4 * k + 7
     assert min(took) < 1.0  # 0.15 to 0.3 s on one core of a 2020s server; shared machines are slower
 

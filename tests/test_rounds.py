@@ -66,6 +66,41 @@ def test_a_folded_payload_is_no_arrival() -> None:
     assert not current.is_due(5.0, 0.0, {1, 2, 3})
 
 
+DROP = ClosingRule(deadline_s=1.0, late="drop", warmup_steps=3)
+
+
+@given(elapsed=st.floats(0, 10), usual=st.floats(0, 10))
+def test_a_worker_waits_only_for_a_step_it_cannot_make_and_that_will_close(elapsed: float, usual: float) -> None:
+    wait_s = DROP.wait_before_joining_s(5, elapsed, usual)
+    if wait_s > 0:
+        assert elapsed + usual > 1.0
+        assert 0.25 <= elapsed <= 1.0
+        assert elapsed + wait_s > 1.0
+    assert wait_s < 1.25
+
+
+@pytest.mark.parametrize(
+    ("rule", "step", "elapsed", "usual"),
+    [
+        (DROP, 2, 0.9, 0.5),  # warm-up needs everybody: to wait here would be to wait for oneself
+        (DROP, 5, 1.1, 0.5),  # past the deadline and open: it lacks its quorum
+        (DROP, 5, 0.1, 5.0),  # a slow worker must take part now and then
+        (DROP, 5, None, 0.5),
+        (DROP, 5, 0.9, None),
+        (ClosingRule(deadline_s=1.0, late="fold"), 5, 0.9, 0.5),  # a late payload is welcome
+        (ClosingRule(deadline_s=None, late="drop"), 5, 0.9, 0.5),
+    ],
+)
+def test_a_worker_joins_whenever_it_is_needed_or_of_use(
+    rule: ClosingRule, step: int, elapsed: float | None, usual: float | None
+) -> None:
+    assert rule.wait_before_joining_s(step, elapsed, usual) == 0
+
+
+def test_a_worker_back_in_mid_step_waits_for_the_next_one() -> None:
+    assert DROP.wait_before_joining_s(5, 0.9, 0.5) == pytest.approx(0.35)
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"deadline_s": 0.0}, {"deadline_s": float("nan")}, {"deadline_s": -1.0}, {"quorum": 0}, {"late": "keep"}, {"warmup_steps": -1}],

@@ -97,7 +97,7 @@ class QGCState:
             limits=limits,
         )
         self.layout = Layout(self.model.module.named_parameters(), chunk_numel=limits.chunk_numel)
-        self.step = 0
+        self.step = self._first_step = 0
         self._counts = Report(workers=self.workers, numel=self.layout.numel)
         self._seed = seed
         self._second_track = False
@@ -209,7 +209,7 @@ class QGCState:
         """
         if self._worker is not None:
             raise ConfigError("load_state_dict: expected a state that has made no step yet; load right after QGCState(...)")
-        self.step = self._hashed_step = int(state_dict["step"])
+        self.step = self._first_step = self._hashed_step = int(state_dict["step"])
         self._seed = int(state_dict["seed"])
 
     def close(self) -> None:
@@ -317,16 +317,12 @@ class QGCState:
         worker = self._joined()
         while self.step < end_step:
             if not worker.closed(self.step):
-                if self.rule.late == "fold" or self._can_make_it(worker.elapsed_s(self.step)):
+                usual_s = statistics.median(self._own_times_s) if self._own_times_s else None
+                elapsed_s = worker.elapsed_s(self.step)
+                patience_s = self.rule.wait_before_joining_s(self.step - self._first_step, elapsed_s, usual_s)
+                if patience_s == 0.0 or not worker.wait_closed(self.step, patience_s):
                     return
-                worker.wait_closed(self.step)
             self._replay()
-
-    def _can_make_it(self, elapsed_s: float | None) -> bool:
-        deadline_s = self.rule.deadline_s
-        if deadline_s is None or elapsed_s is None or elapsed_s < deadline_s / 4 or not self._own_times_s:
-            return True  # a step that has just begun is always tried, else a slow worker would never take part
-        return elapsed_s + statistics.median(self._own_times_s) <= deadline_s
 
     def _replay(self) -> None:
         """Apply a closed step as everybody else did: its results into .grad, then the user's update."""

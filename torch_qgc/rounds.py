@@ -49,6 +49,25 @@ class ClosingRule:
         """Tell whether a step closes only when every live worker is in."""
         return self.deadline_s is None or step < self.warmup_steps
 
+    def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
+        """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
+
+        Where late payloads are dropped, a worker that can no longer make it had better begin the next step with the
+        others. A step that has just begun is always tried, else a slow worker would never take part; one that is
+        still open after its deadline lacks its quorum, and needs everybody.
+
+        Args:
+            step: counted from the job's first.
+            elapsed_s: for how long the step's clock has been running; None if nobody has begun it.
+            usual_s: how long this worker usually takes; None if it does not know yet.
+        """
+        if self.late == "fold" or self.waits_for_all(step) or elapsed_s is None or usual_s is None:
+            return 0.0
+        assert self.deadline_s is not None
+        if elapsed_s < self.deadline_s / 4 or elapsed_s + usual_s <= self.deadline_s or elapsed_s > self.deadline_s:
+            return 0.0
+        return 1.25 * self.deadline_s - elapsed_s  # a quarter for the results to come
+
 
 @dataclass
 class Round(Generic[T]):

@@ -146,7 +146,7 @@ class Worker:
         """
         with self._news:
             self._check()
-            return len(self._inbox.get(step, ())) == self.spec.chunks or step < self._newest
+            return self._is_closed(step)
 
     def results(self, step: int) -> Iterator[ClosedRound]:
         """Yield the step's results, each as soon as it is in, until all chunks are; then forget them.
@@ -175,12 +175,12 @@ class Worker:
             self._started = {s: t for s, t in self._started.items() if s > step}
             self._step = step + 1
 
-    def wait_closed(self, step: int) -> None:
-        """Wait until a step has closed without this worker."""
-        while not self.closed(step):
-            with self._news:
-                if not self._news.wait(REFETCH_S):
-                    self._refetch(step)
+    def wait_closed(self, step: int, timeout_s: float) -> bool:
+        """Wait until a step has closed without this worker, at most timeout_s; tell whether it has."""
+        with self._news:
+            self._news.wait_for(lambda: self._error or self._is_closed(step), timeout_s)
+            self._check()
+            return self._is_closed(step)
 
     def elapsed_s(self, step: int) -> float | None:
         """Return for how long the step's clock has been running, None if nobody has begun it."""
@@ -196,6 +196,9 @@ class Worker:
         self._closing = True
         self._wake()
         self._thread.join(10.0)
+
+    def _is_closed(self, step: int) -> bool:
+        return len(self._inbox.get(step, ())) == self.spec.chunks or step < self._newest
 
     def _check(self) -> None:
         if self._error is not None:
