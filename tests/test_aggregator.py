@@ -31,9 +31,12 @@ def gradients(workers: int, numel: int = 512, seed: int = 0) -> torch.Tensor:
 
 
 def assert_mean_is(runs: np.ndarray, expected: np.ndarray, slack: float = 0.0) -> None:
-    """runs [R, n]: their mean is the expected one within 4 standard errors, along it and along fixed random directions."""
+    """runs [R, n]: their mean is the expected one within 4 standard errors, along it and fixed random directions."""
     signs = np.random.default_rng(99).choice([-1.0, 1.0], size=(8, expected.size))
-    directions = np.concatenate([expected[None], signs]) / np.linalg.norm(np.concatenate([expected[None], signs]), axis=1)[:, None]
+    directions = (
+        np.concatenate([expected[None], signs])
+        / np.linalg.norm(np.concatenate([expected[None], signs]), axis=1)[:, None]
+    )
     for direction in directions:
         projected = runs @ direction
         error = projected.std(ddof=1) / np.sqrt(len(runs))
@@ -241,7 +244,9 @@ class Talk:
         hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=worker, step=0, spec=spec)
         return self.say(peer or peer_of(worker), hello, *([self.plan.to_json().encode()] if worker == 0 else []))
 
-    def push(self, worker: int, step: int = 0, chunk: int = 0, bits: int = 4, cut: int = 0) -> list[wire.FromAggregator]:
+    def push(
+        self, worker: int, step: int = 0, chunk: int = 0, bits: int = 4, cut: int = 0
+    ) -> list[wire.FromAggregator]:
         encoded = encode(torch.randn(512), bits, key=derive_key(0, step, worker))
         payload = bytes(encoded.to_buffer())
         return self.say(peer_of(worker), wire.Push(step, chunk, bits, 0.0, 0.0), payload[: len(payload) - cut])
@@ -281,7 +286,11 @@ def test_workers_may_come_before_worker_zero() -> None:
         assert talk.join(worker) == []
     hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
     talk.aggregator.receive(peer_of(0), [wire.encode_message(hello), plan.to_json().encode()], now=0.0)
-    welcomed = {peer for peer, frames in talk.aggregator.drain() if isinstance(wire.decode_from_aggregator(frames[0]), wire.Welcome)}
+    welcomed = {
+        peer
+        for peer, frames in talk.aggregator.drain()
+        if isinstance(wire.decode_from_aggregator(frames[0]), wire.Welcome)
+    }
     assert welcomed == {peer_of(k) for k in range(4)}
 
 

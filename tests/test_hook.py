@@ -222,7 +222,11 @@ def epochs_job(rank: int) -> list[Any]:
                 loss = torch.nn.functional.mse_loss(ddp.module(dataset().tensors[0]), dataset().tensors[1])
             dist.all_reduce(loss)  # a collective of the user's own
             ddp.train()
-            checkpoint = {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict(), "qgc": state.state_dict()}
+            checkpoint = {
+                "model": ddp.module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "qgc": state.state_dict(),
+            }
             buffers = [b.tolist() for b in ddp.module.buffers()]
             seen.append((epoch, state.step, float(loss), state.layout.parameter_digest(), buffers))
             assert checkpoint["qgc"]["step"] == state.step
@@ -367,7 +371,7 @@ def test_replicas_that_differ_stop_the_job_by_name() -> None:
 
 
 def unbound_job(rank: int) -> str:
-    ddp, state = coded(mlp(), deadline_s=0.5)
+    _, state = coded(mlp(), deadline_s=0.5)
     loader = state.loader(dataset(), batch_size=6)
     try:
         next(iter(loader))
@@ -439,7 +443,11 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Any) -> None:
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
         env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
     try:

@@ -12,9 +12,7 @@ SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=8)
 
 
 def layout_of(sizes: list[int], chunk_numel: int = BLOCK) -> Layout:
-    return Layout(
-        [(f"p{i}", torch.nn.Parameter(torch.zeros(n))) for i, n in enumerate(sizes)], chunk_numel=chunk_numel
-    )
+    return Layout([(f"p{i}", torch.nn.Parameter(torch.zeros(n))) for i, n in enumerate(sizes)], chunk_numel=chunk_numel)
 
 
 @given(sizes=SIZES, blocks=st.integers(1, 5))

@@ -39,9 +39,7 @@ def test_warm_up_waits_for_all(present: frozenset[int], awaited: frozenset[int],
 
 
 @given(present=WORKERS, late=st.integers(8, 9), quorum=st.integers(1, 8), now=st.floats(0, 10))
-def test_after_the_deadline_it_closes_on_a_quorum(
-    present: frozenset[int], late: int, quorum: int, now: float
-) -> None:
+def test_after_the_deadline_it_closes_on_a_quorum(present: frozenset[int], late: int, quorum: int, now: float) -> None:
     awaited = present | {late}
     current = make_round(present, deadline_s=2.0, warmup_steps=0, quorum=quorum)
     expected = now >= 1.0 + 2.0 and len(present) >= min(quorum, len(awaited))
@@ -103,7 +101,14 @@ def test_a_worker_back_in_mid_step_waits_for_the_next_one() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"deadline_s": 0.0}, {"deadline_s": float("nan")}, {"deadline_s": -1.0}, {"quorum": 0}, {"late": "keep"}, {"warmup_steps": -1}],
+    [
+        {"deadline_s": 0.0},
+        {"deadline_s": float("nan")},
+        {"deadline_s": -1.0},
+        {"quorum": 0},
+        {"late": "keep"},
+        {"warmup_steps": -1},
+    ],
 )
 def test_bad_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="expected"):

@@ -50,7 +50,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def job(workers: int = 2, count: int = 1, inbox_bytes: int = 1 << 30, **spec: Any) -> Iterator[tuple[Served, list[Worker], Plan]]:
+def job(
+    workers: int = 2, count: int = 1, inbox_bytes: int = 1 << 30, **spec: Any
+) -> Iterator[tuple[Served, list[Worker], Plan]]:
     plan = simple_plan(workers, bits_per_coordinate=spec.pop("bits_per_coordinate", 4))
     served = Served(count)
     made = make_spec(plan, aggregators=count, **spec)

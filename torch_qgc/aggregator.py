@@ -322,5 +322,3 @@ class Aggregator:
     def report(self) -> dict[str, int]:
         """Return counts of rounds, late, folded and dropped payloads, extensions, bad messages, bytes."""
         return dict(self.stats)
-
-

@@ -89,7 +89,9 @@ class CodedSampler(Sampler[list[int]]):
         ends = np.cumsum(self._probs[order]) * total
         ends[-1] = total
         ticks = np.arange(total) + rng.random()
-        return rng.permutation(self._indices[order[np.searchsorted(ends, ticks, side="right").clip(max=len(order) - 1)]])
+        return rng.permutation(
+            self._indices[order[np.searchsorted(ends, ticks, side="right").clip(max=len(order) - 1)]]
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.draws()
@@ -137,8 +139,8 @@ class CodedLoader:
                 yield next(batches)
             except StopIteration:
                 raise ConfigError(
-                    f"the loader gave all {len(self)} batches of the epoch but only step {self._state.step} of {end_step} was "
-                    f"made: expected one backward pass per {self._accumulate} batches; for gradient accumulation with "
+                    f"the loader gave all {len(self)} batches of the epoch but only step {self._state.step} of {end_step} "
+                    f"was made: expected one backward pass per {self._accumulate} batches; for gradient accumulation with "
                     "no_sync() say how many: state.loader(..., accumulate=n)"
                 ) from None
         self.sampler.set_epoch(self.sampler.epoch + 1)
@@ -171,12 +173,13 @@ def make_loader(
     clash = {"sampler", "batch_sampler", "shuffle", "drop_last"} & {k for k, v in kwargs.items() if v is not None}
     if clash:
         raise ConfigError(
-            f"got {', '.join(sorted(clash))}: the plan decides which samples this worker draws, in random order; leave it out"
+            f"got {', '.join(sorted(clash))}: the plan decides which samples this worker draws, in random order; "
+            "leave it out"
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigError(
-            f"dataset: expected a map-style data set (__len__ and __getitem__), got {type(dataset).__name__}: a worker's share "
-            "is a set of indices; load an iterable data set into a list or an index first"
+            f"dataset: expected a map-style data set (__len__ and __getitem__), got {type(dataset).__name__}: "
+            "a worker's share is a set of indices; load an iterable data set into a list or an index first"
         )
     if batch_size < 1 or accumulate < 1:
         raise ConfigError(f"expected batch_size >= 1 and accumulate >= 1, got {batch_size} and {accumulate}")
@@ -217,7 +220,7 @@ def _checked_partitions(
     for n, block in enumerate(blocks):
         if not len(block) or block.min() < 0 or block.max() >= num_samples:
             raise ConfigError(
-                f"partition {n}: expected indices of the data set's {num_samples} samples, at least one, got {len(block)} of them"
-                + (f" from {block.min()} to {block.max()}" if len(block) else "")
+                f"partition {n}: expected indices of the data set's {num_samples} samples, at least one, "
+                f"got {len(block)} of them" + (f" from {block.min()} to {block.max()}" if len(block) else "")
             )
     return blocks

@@ -77,7 +77,7 @@ class FlatGradient:
         def payload_when_done() -> tuple[Any, float, float]:
             done.synchronize()
             variance, squared_norm = statistics.tolist()
-            return memoryview(payload.numpy()), variance, squared_norm
+            return memoryview(payload.numpy().data), variance, squared_norm
 
         return payload_when_done
 

@@ -17,12 +17,12 @@ from torch_qgc.errors import ConfigError, QGCError
 from torch_qgc.gradients import FlatGradient
 from torch_qgc.kernels import derive_key
 from torch_qgc.layout import Layout, Slot
-from torch_qgc.planner import Plan, make_plan
+from torch_qgc.planner import Plan
 from torch_qgc.rendezvous import Network, check_model, start_aggregators
 from torch_qgc.report import Report
 from torch_qgc.rounds import ClosingRule
 from torch_qgc.serve import AggregatorProcess
-from torch_qgc.settings import Limits, Settings
+from torch_qgc.settings import Limits, Settings, choose_plan
 from torch_qgc.worker import Worker
 
 __all__ = ["QGCState", "qgc_hook"]
@@ -77,9 +77,7 @@ class QGCState:
         self.model = check_model(model)
         self.process_group = process_group if process_group is not None else model.process_group
         self.rank, self.workers = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
-        self.plan = plan if plan is not None else _default_plan(self.workers, straggle_probs, bits_per_coordinate)
-        if plan is not None and straggle_probs is not None:
-            raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")
+        self.plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
         self.rule = ClosingRule(
             deadline_s=deadline_s,
             late=late,
@@ -105,7 +103,9 @@ class QGCState:
         self._begun_at: float | None = None
         self._hashed_step = 0
         self._own_times_s: deque[float] = deque(maxlen=16)  # BEGIN to last push, of the newest computed steps
-        self._pending: list[tuple[torch.futures.Future[torch.Tensor], torch.Tensor, list[tuple[Slot, torch.Tensor]]]] = []
+        self._pending: list[
+            tuple[torch.futures.Future[torch.Tensor], torch.Tensor, list[tuple[Slot, torch.Tensor]]]
+        ] = []
         self._worker: Worker | None = None
         self._flat: FlatGradient | None = None
         self._endpoints, self._children = start_aggregators(self.process_group, aggregators, network)
@@ -127,8 +127,9 @@ class QGCState:
         """
         if self._update is None:
             raise ConfigError(
-                "a late worker replays steps, and must know how gradients become parameters: use CodedSGD or CodedAdam, or "
-                "state.bind(optimizer, scheduler=..., max_grad_norm=...), or state.update = a function without arguments"
+                "a late worker replays steps, and must know how gradients become parameters: use CodedSGD or CodedAdam, "
+                "or state.bind(optimizer, scheduler=..., max_grad_norm=...), or state.update = a function without "
+                "arguments"
             )
         return self._update
 
@@ -208,7 +209,9 @@ class QGCState:
             ConfigError: steps have been made already.
         """
         if self._worker is not None:
-            raise ConfigError("load_state_dict: expected a state that has made no step yet; load right after QGCState(...)")
+            raise ConfigError(
+                "load_state_dict: expected a state that has made no step yet; load right after QGCState(...)"
+            )
         self.step = self._first_step = self._hashed_step = int(state_dict["step"])
         self._seed = int(state_dict["seed"])
 
@@ -230,10 +233,10 @@ class QGCState:
 
     def take_bucket(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """Gather a bucket, send the chunks it completes, and return the future of its decoded gradient."""
-        if not isinstance(bucket, dist.GradBucket):
+        if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
             raise ConfigError(
-                f"expected a GradBucket, got {type(bucket).__name__}: DDP compiled with the python_reducer cannot be used; "
-                "set torch._dynamo.config.optimize_ddp = True"
+                f"expected a GradBucket, got {type(bucket).__name__}: DDP compiled with the python_reducer cannot be "
+                "used; set torch._dynamo.config.optimize_ddp = True"
             )
         try:
             return self._take_bucket(bucket)
@@ -244,7 +247,7 @@ class QGCState:
             self._fault(error)
             raise QGCError(f"worker {self.rank}, step {self.step}: the hook failed: {error!r}") from error
 
-    def _take_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _take_bucket(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         self.begin()  # a backward pass whose forward ran in eval mode
         worker, flat = self._joined(), self._flat
         assert flat is not None
@@ -375,7 +378,7 @@ class QGCState:
         return self._worker, self._children
 
 
-def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """Replace DDP's all-reduce by quantized gradient coding: `ddp_model.register_comm_hook(state, qgc_hook)`.
 
     1. Copy the bucket's gradients to their places in the flat gradient.
@@ -384,11 +387,6 @@ def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[t
     4. Copy it into the buckets and complete their futures.
     """
     return state.take_bucket(bucket)
-
-
-def _default_plan(workers: int, straggle_probs: Sequence[float] | None, bits_per_coordinate: float) -> Plan:
-    probs = [0.05] * workers if straggle_probs is None else list(straggle_probs)
-    return make_plan(probs, bits_per_coordinate=bits_per_coordinate, noise_ratio=1.0, second_track="hajek")
 
 
 def _begin_step(state: "weakref.ref[QGCState]") -> Callable[[torch.nn.Module, Any], None]:
@@ -406,5 +404,3 @@ def _close(handles: tuple[Worker | None, list[AggregatorProcess]]) -> None:
         worker.close()
     for child in children:
         child.stop(timeout_s=30.0 if worker is not None else 0.0)
-
-

@@ -71,7 +71,9 @@ class Layout:
             raise ConfigError("the model has no parameter with requires_grad=True: there is nothing to train")
         self.parameters: list[torch.nn.Parameter] = [p for _, p in reversed(trained)]
         if len({p.device for p in self.parameters}) > 1:
-            raise ConfigError(f"expected all parameters on one device, got {sorted({str(p.device) for p in self.parameters})}")
+            raise ConfigError(
+                f"expected all parameters on one device, got {sorted({str(p.device) for p in self.parameters})}"
+            )
         self.slots: list[Slot] = []
         offset = 0
         for name, p in reversed(trained):

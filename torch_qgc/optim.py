@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -64,7 +64,7 @@ class CodedAdam(torch.optim.Adam, _Coded):
         """Make one step; with two tracks the first moment sees the first, the second moment the second."""
         state: QGCState | None = getattr(self, "_state", None)
         if state is None or state.second_track(self.param_groups[0]["params"][0]) is None:
-            return super().step(closure)
+            return cast("float | None", super().step(closure))
         loss = None
         if closure is not None:
             with torch.enable_grad():

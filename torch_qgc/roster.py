@@ -50,8 +50,8 @@ class Roster:
             raise ProtocolError(f"expected a worker number below {spec.workers}, got {hello.worker}")
         if hello.worker in self._peer_of:
             raise ProtocolError(
-                f"worker {hello.worker} is already in this job from another connection: give every rank its own number; "
-                "if it was restarted, try again when the old connection has timed out"
+                f"worker {hello.worker} is already in this job from another connection: give every rank its own "
+                "number; if it was restarted, try again when the old connection has timed out"
             )
 
     def admit(self, peer: bytes, hello: Hello, now: float) -> None:

@@ -158,7 +158,8 @@ class AggregatorProcess:
         """Wait for the job's end, at most timeout_s; then make it stop."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
@@ -167,4 +168,3 @@ class AggregatorProcess:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-

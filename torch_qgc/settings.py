@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.layout import Layout
-from torch_qgc.planner import Plan
+from torch_qgc.planner import Plan, make_plan
 from torch_qgc.rounds import ClosingRule
 from torch_qgc.wire import JobSpec
 
-__all__ = ["Limits", "Settings"]
+__all__ = ["Limits", "Settings", "choose_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +95,19 @@ class Settings:
             log_bytes=self.limits.log_bytes,
             join_timeout_s=self.limits.join_timeout_s,
         )
+
+
+def choose_plan(
+    plan: Plan | None, workers: int, straggle_probs: Sequence[float] | None, bits_per_coordinate: float
+) -> Plan:
+    """Return the plan, or make one from straggle probabilities: noise-aware, with a second track for Adam.
+
+    Raises:
+        ConfigError: a plan and straggle probabilities.
+    """
+    if plan is None:
+        probs = [0.05] * workers if straggle_probs is None else list(straggle_probs)
+        return make_plan(probs, bits_per_coordinate=bits_per_coordinate, noise_ratio=1.0, second_track="hajek")
+    if straggle_probs is not None:
+        raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")
+    return plan

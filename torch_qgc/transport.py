@@ -143,7 +143,7 @@ class ZmqClient:
     def poll(self, timeout_s: float) -> list[tuple[int, list[Frame]]]:
         """Return the messages that are in, as (aggregator, frames); wait for one at most timeout_s."""
         messages = []
-        for socket, _ in self._poller.poll(timeout_s * 1_000):
+        for socket, _ in self._poller.poll(int(timeout_s * 1_000 + 0.999)):
             index = self._index.get(socket)
             if index is None:  # the watched descriptor
                 continue

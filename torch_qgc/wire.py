@@ -7,7 +7,7 @@ are range-checked by the schema, text is bounded, and sizes are compared before 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import msgspec
 
@@ -24,8 +24,8 @@ __all__ = [
     "FromWorker",
     "Hash",
     "Hello",
-    "JobSpec",
     "Introduce",
+    "JobSpec",
     "Ping",
     "Push",
     "Refusal",
@@ -207,8 +207,7 @@ def decode_from_worker(frame: bytes | memoryview) -> FromWorker:
     Raises:
         ProtocolError: not a header of this protocol; says what is wrong with it.
     """
-    message: FromWorker = _decode(_from_worker, frame)
-    return message
+    return cast(FromWorker, _decode(_from_worker, frame))
 
 
 def decode_from_aggregator(frame: bytes | memoryview) -> FromAggregator:
@@ -217,8 +216,7 @@ def decode_from_aggregator(frame: bytes | memoryview) -> FromAggregator:
     Raises:
         ProtocolError: not a header of this protocol; says what is wrong with it.
     """
-    message: FromAggregator = _decode(_from_aggregator, frame)
-    return message
+    return cast(FromAggregator, _decode(_from_aggregator, frame))
 
 
 def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview) -> object:  # type: ignore[type-arg]

@@ -108,8 +108,8 @@ class Worker:
             if len(self._welcomed) < len(self._endpoints):
                 missing = [e for a, e in enumerate(self._endpoints) if a not in self._welcomed]
                 raise JobFailed(
-                    f"worker {self.worker}: no answer from the aggregator at {', '.join(missing)} within {timeout_s:.0f} s: "
-                    "is it running and reachable, and has worker 0 joined?"
+                    f"worker {self.worker}: no answer from the aggregator at {', '.join(missing)} within "
+                    f"{timeout_s:.0f} s: is it running and reachable, and has worker 0 joined?"
                 )
 
     def begin(self, step: int) -> None:
@@ -132,7 +132,7 @@ class Worker:
 
     def send_hash(self, step: int, digest: str) -> None:
         """State the digest of the parameters before `step`; aggregator 0 compares."""
-        self._enqueue(0, lambda: [wire.encode_message(wire.Hash(step, digest))])
+        self._tell(0, wire.Hash(step, digest))
 
     def send_fault(self, step: int, text: str) -> None:
         """Make the job end on every rank."""
@@ -208,13 +208,15 @@ class Worker:
     def _refetch(self, step: int) -> None:
         for chunk in range(self.spec.chunks):
             if chunk not in self._inbox.get(step, {}):
-                fetch = wire.encode_message(wire.Fetch(step, chunk))
-                self._enqueue(chunk % len(self._endpoints), lambda fetch=fetch: [fetch])
+                self._tell(chunk % len(self._endpoints), wire.Fetch(step, chunk))
 
     def _broadcast(self, message: wire.FromWorker) -> None:
-        header = wire.encode_message(message)
         for aggregator in range(len(self._endpoints)):
-            self._enqueue(aggregator, lambda: [header])
+            self._tell(aggregator, message)
+
+    def _tell(self, aggregator: int, message: wire.FromWorker) -> None:
+        header = wire.encode_message(message)
+        self._enqueue(aggregator, lambda: [header])
 
     def _enqueue(self, aggregator: int, frames: Callable[[], list[Frame]]) -> None:
         self._outgoing.put((aggregator, frames))
@@ -266,8 +268,8 @@ class Worker:
                 if silence > self._silence_s:
                     self._end(
                         JobFailed(
-                            f"worker {self.worker}: nothing heard from the aggregator at {self._endpoints[aggregator]} for "
-                            f"{silence:.0f} s: its process (a child of rank 0 by default) or the network is gone"
+                            f"worker {self.worker}: nothing heard from the aggregator at {self._endpoints[aggregator]} "
+                            f"for {silence:.0f} s: its process (a child of rank 0 by default) or the network is gone"
                         )
                     )
 
@@ -302,10 +304,15 @@ class Worker:
 
     def _keep(self, header: wire.Result, tracks: list[Frame]) -> None:
         contributions = np.frombuffer(header.contributions, dtype=np.uint8)
-        if len(tracks) != self.spec.tracks or header.chunk >= self.spec.chunks or len(contributions) != self.spec.workers:
+        if (
+            len(tracks) != self.spec.tracks
+            or header.chunk >= self.spec.chunks
+            or len(contributions) != self.spec.workers
+        ):
             raise ProtocolError(
                 f"result of step {header.step}, chunk {header.chunk}: expected {self.spec.tracks} tracks and "
-                f"{self.spec.workers} workers, got {len(tracks)} and {len(contributions)}: the aggregator serves another job"
+                f"{self.spec.workers} workers, got {len(tracks)} and {len(contributions)}: "
+                "the aggregator serves another job"
             )
         result = ClosedRound(header.step, header.chunk, header.bits, contributions, tracks)
         with self._news:
