@@ -454,3 +454,43 @@ def test_options_can_be_shared_between_plans() -> None:
 
 def test_error_factors_of_perfect_workers_are_finite() -> None:
     assert np.isfinite(error_factors(np.array([0.0]), np.array([0.0]))).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": {"columns": 2, "starts": [0, 1, 2], "partitions": [0, 7], "values": [1.0, 1.0]}},
+        {"weights": {"columns": 2, "starts": [0, 1, 2], "partitions": [0, -7], "values": [1.0, 1.0]}},
+        {"weights": {"columns": 2, "starts": [0, 9, 2], "partitions": [0, 1], "values": [1.0, 1.0]}},
+        {"weights": {"columns": 2, "starts": [0, 1, 9], "partitions": [0, 1], "values": [1.0, 1.0]}},
+        {"weights": {"columns": 10**15, "starts": [0, 1, 2], "partitions": [0, 1], "values": [1.0, 1.0]}},
+        {"weights": {"columns": 1, "starts": [0, 10**30, 2], "partitions": [0, 1], "values": [1.0, 1.0]}},
+        {"weights": []},
+        {"weights": {"columns": "2", "starts": [], "partitions": [], "values": []}},
+        {"bit_budget": "many"},
+        {"block_size": None},
+        {"parts": 0},
+        {"parts": 2},
+        {"parts": 1.5},
+        {"decoder": ["unbiased"]},
+        {"shares": 3},
+        {"shares": [[0.5], [0.5]]},
+        {"bits": [4, 4.5]},
+        {"bits": [4, 10**40]},
+        {"variance": [{}, {}]},
+        {"partition_sizes": [1.0, -1.0]},
+        {"second_track_alpha": []},
+        {"gradient_correlation": "x"},
+    ],
+    ids=str,
+)
+def test_json_that_is_not_a_plan_is_refused_and_nothing_else_happens(change: dict[str, Any]) -> None:
+    """A plan comes over the network: columns beyond the last once wrote past the end of an array."""
+    values = json.loads(make_plan([0.1, 0.1]).to_json())
+    with pytest.raises(PlanError):
+        Plan.from_json(json.dumps({**values, **change}))
+
+
+def test_nesting_without_end_is_refused() -> None:
+    with pytest.raises(PlanError):
+        Plan.from_json("[" * 200_000)

@@ -139,9 +139,9 @@ class CodedLoader:
                 yield next(batches)
             except StopIteration:
                 raise ConfigError(
-                    f"the loader gave all {len(self)} batches of the epoch but only step {self._state.step} of {end_step} "
-                    f"was made: expected one backward pass per {self._accumulate} batches; for gradient accumulation with "
-                    "no_sync() say how many: state.loader(..., accumulate=n)"
+                    f"the loader gave all {len(self)} batches of the epoch but only step {self._state.step} of "
+                    f"{end_step} was made: expected one backward pass per {self._accumulate} batches; "
+                    "for gradient accumulation with no_sync() say how many: state.loader(..., accumulate=n)"
                 ) from None
         self.sampler.set_epoch(self.sampler.epoch + 1)
 

@@ -127,9 +127,8 @@ class QGCState:
         """
         if self._update is None:
             raise ConfigError(
-                "a late worker replays steps, and must know how gradients become parameters: use CodedSGD or CodedAdam, "
-                "or state.bind(optimizer, scheduler=..., max_grad_norm=...), or state.update = a function without "
-                "arguments"
+                "a late worker replays steps, and must know how gradients become parameters: CodedSGD or CodedAdam, or "
+                "state.bind(optimizer, scheduler=..., max_grad_norm=...), or state.update = a function of no arguments"
             )
         return self._update
 

@@ -115,9 +115,7 @@ def report() -> dict[str, str]:
     return ops.describe()
 
 
-def _check_track(
-    name: str, out: torch.Tensor, coefficients: Sequence[float], payloads: Sequence[Encoded]
-) -> None:
+def _check_track(name: str, out: torch.Tensor, coefficients: Sequence[float], payloads: Sequence[Encoded]) -> None:
     if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous():
         raise CodecError(
             f"{name}: expected contiguous float32 of one dimension, got {out.dtype} {list(out.shape)} with "

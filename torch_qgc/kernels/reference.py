@@ -90,9 +90,7 @@ def decode_sum(
                 part += terms[: len(part)]
 
 
-def dither(
-    key: tuple[int, int], first_block: int, blocks: int, device: torch.device | None = None
-) -> torch.Tensor:
+def dither(key: tuple[int, int], first_block: int, blocks: int, device: torch.device | None = None) -> torch.Tensor:
     """Return 16 random bits for each coordinate: int32 [blocks, 32, 16] in [0, 65536).
 
     One hash of a counter serves two coordinates: its low half row r, its high half row r + 16. A hash of two

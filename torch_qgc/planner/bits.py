@@ -65,9 +65,7 @@ def _check_table(table: Floats) -> None:
         raise PlanError(f"utility: expected a table of shape [K, max_bits + 1], got shape {table.shape}")
     if np.isnan(table).any() or np.isposinf(table).any():
         k, b = np.argwhere(np.isnan(table) | np.isposinf(table))[0]
-        raise PlanError(
-            f"utility: expected finite numbers or -inf, got {table[k, b]} for worker {k} at {b} bits"
-        )
+        raise PlanError(f"utility: expected finite numbers or -inf, got {table[k, b]} for worker {k} at {b} bits")
     closed = np.flatnonzero(np.isneginf(table).all(axis=1))
     if closed.size:
         raise PlanError(f"utility: expected at least one allowed number of bits, worker {closed[0]} has none")

@@ -24,9 +24,7 @@ def probabilities(values: ArrayLike, name: str = "straggle_probs") -> Floats:
     """
     p = _floats(values, name)
     if p.ndim != 1 or p.size == 0:
-        raise PlanError(
-            f"{name}: expected one probability per worker, shape [K] with K >= 1, got shape {p.shape}"
-        )
+        raise PlanError(f"{name}: expected one probability per worker, shape [K] with K >= 1, got shape {p.shape}")
     bad = np.flatnonzero(~((p >= 0.0) & (p <= 1.0)))
     if bad.size:
         k = int(bad[0])
@@ -47,9 +45,7 @@ def per_worker(values: ArrayLike, num_workers: int, name: str, *, least: float =
     if v.ndim == 0:
         v = np.full(num_workers, float(v))
     if v.shape != (num_workers,):
-        raise PlanError(
-            f"{name}: expected a scalar or one value per worker, shape [{num_workers}], got {v.shape}"
-        )
+        raise PlanError(f"{name}: expected a scalar or one value per worker, shape [{num_workers}], got {v.shape}")
     bad = np.flatnonzero(~(v >= least))
     if bad.size:
         k = int(bad[0])

@@ -52,9 +52,7 @@ def error_factors(straggle_probs: Floats, variance: Floats) -> Floats:
         return np.where(p < 1.0, np.maximum(p + variance, LEAST_PROBABILITY) / (1.0 - p), np.inf)
 
 
-def optimal_shares(
-    straggle_probs: ArrayLike, variance: ArrayLike, *, max_share: ArrayLike | None = None
-) -> Floats:
+def optimal_shares(straggle_probs: ArrayLike, variance: ArrayLike, *, max_share: ArrayLike | None = None) -> Floats:
     """Return the shares with the least error under unbiased decoding.
 
         minimise sum_k delta_k m_k^2,   sum_k m_k = 1,   0 <= m_k <= max_share_k
@@ -128,15 +126,11 @@ def partition_fractions(num_partitions: int, partition_sizes: ArrayLike | None =
     if sizes.shape != (num_partitions,):
         raise PlanError(f"partition_sizes: expected shape [{num_partitions}], got {sizes.shape}")
     if not np.all((sizes > 0) & np.isfinite(sizes)):
-        raise PlanError(
-            f"partition_sizes: expected positive sizes, got {sizes[~(sizes > 0)][:1]}; drop empty ones"
-        )
+        raise PlanError(f"partition_sizes: expected positive sizes, got {sizes[~(sizes > 0)][:1]}; drop empty ones")
     return np.asarray(sizes / sizes.sum())
 
 
-def segment_weights(
-    shares: ArrayLike, num_partitions: int, *, partition_sizes: ArrayLike | None = None
-) -> Weights:
+def segment_weights(shares: ArrayLike, num_partitions: int, *, partition_sizes: ArrayLike | None = None) -> Weights:
     """Lay the workers' shares side by side along the data and cut at the partitions' borders.
 
         a_kn = length of [m_1 + .. + m_{k-1}, m_1 + .. + m_k) inside partition n;   the result is N a_kn
@@ -155,9 +149,7 @@ def segment_weights(
     """
     m = np.asarray(shares, dtype=np.float64)
     if m.ndim != 1 or not np.all(m >= 0) or abs(m.sum() - 1.0) > 1e-9:
-        raise PlanError(
-            f"shares: expected [K] values >= 0 with sum 1, got shape {m.shape} with sum {m.sum()!r}"
-        )
+        raise PlanError(f"shares: expected [K] values >= 0 with sum 1, got shape {m.shape} with sum {m.sum()!r}")
     fractions = partition_fractions(num_partitions, partition_sizes)
     rows, columns, lengths = _overlaps(m, fractions)
     entries = sparse.csr_array((lengths * num_partitions, (rows, columns)), shape=(len(m), num_partitions))
@@ -172,9 +164,7 @@ def dense_if_small(entries: sparse.csr_array[Any, Any]) -> Weights:
 
 def frozen_weights(weights: Weights, num_workers: int) -> Weights:
     """Return a read-only copy of weights [K, N], checked for shape."""
-    copy: Any = (
-        weights.astype(np.float64) if sparse.issparse(weights) else np.array(weights, dtype=np.float64)
-    )
+    copy: Any = weights.astype(np.float64) if sparse.issparse(weights) else np.array(weights, dtype=np.float64)
     if sparse.issparse(weights):
         copy = copy.tocsr(copy=True)
         copy.sum_duplicates()
@@ -217,9 +207,7 @@ def load(weights: Weights) -> float:
     return float(np.count_nonzero(stored_entries(weights))) / float(weights.shape[1])
 
 
-def split_components(
-    utility: ArrayLike, num_partitions: int, *, tolerance: float = 0.0
-) -> list[tuple[Ints, int]]:
+def split_components(utility: ArrayLike, num_partitions: int, *, tolerance: float = 0.0) -> list[tuple[Ints, int]]:
     """Split workers into groups that answer for whole numbers of partitions, each group for its own.
 
     A group R with c partitions needs |R| + c - 1 entries, so with g groups the load is (K + N - g) / N: Song

@@ -96,9 +96,7 @@ def choose_deadline(
     values = [evaluate(float(t)).objective for t in times]
     best = int(np.argmin(values))
     if not np.isfinite(values[best]):
-        raise PlanError(
-            f"search_s: expected a deadline at which somebody arrives, got {low} .. {high} s; extend it"
-        )
+        raise PlanError(f"search_s: expected a deadline at which somebody arrives, got {low} .. {high} s; extend it")
     bracket = (float(times[max(best - 1, 0)]), float(times[min(best + 1, grid - 1)]))
     refined = minimize_scalar(
         lambda t: evaluate(float(t)).objective, bounds=bracket, method="bounded", options={"xatol": 1e-10}

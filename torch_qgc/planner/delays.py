@@ -42,9 +42,7 @@ class DelayModel(Protocol):
         """Return the sorted times at which the tail has a kink or a jump."""
 
 
-def straggle_probability(
-    *, mu: ArrayLike, shift: ArrayLike, deadline: ArrayLike, load: ArrayLike = 1
-) -> Floats:
+def straggle_probability(*, mu: ArrayLike, shift: ArrayLike, deadline: ArrayLike, load: ArrayLike = 1) -> Floats:
     """Return the chance to miss the deadline under shifted-exponential delays.
 
         p = exp(-(mu / load) (deadline - shift load))  if deadline >= shift load, else 1
@@ -139,9 +137,7 @@ class Empirical:
         """Draw recorded delays with replacement, independently for every worker."""
         delays = np.asarray(self.delays_s)
         rows = rng.integers(len(delays), size=(*_as_tuple(size), *delays.shape[1:]))
-        return np.asarray(
-            np.take_along_axis(delays, rows.reshape(-1, *delays.shape[1:]), axis=0).reshape(rows.shape)
-        )
+        return np.asarray(np.take_along_axis(delays, rows.reshape(-1, *delays.shape[1:]), axis=0).reshape(rows.shape))
 
     def straggle_probability(self, deadline_s: ArrayLike) -> Floats:
         """Return the share of late rounds, with `caution`, shape (*deadline's shape, *(K,))."""
@@ -188,9 +184,7 @@ def fit_shifted_exponential(
     arrived, missed = (np.asarray(x, dtype=np.float64).ravel() for x in (delays_s, censored_at_s))
     needed = 2 if corrected else 1
     if arrived.size < needed:
-        raise PlanError(
-            f"delays_s: expected at least {needed} arrivals, got {arrived.size}; use StragglePosterior"
-        )
+        raise PlanError(f"delays_s: expected at least {needed} arrivals, got {arrived.size}; use StragglePosterior")
     if not (np.all(np.isfinite(arrived)) and np.all(arrived >= 0) and np.all(missed >= 0)):
         raise PlanError("expected finite delays >= 0 and deadlines >= 0 in seconds, got others")
     first = float(arrived.min())

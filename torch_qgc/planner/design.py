@@ -25,7 +25,7 @@ from torch_qgc.planner.placement import placed_weights
 from torch_qgc.planner.plan import Plan
 from torch_qgc.planner.variance import PASS_THROUGH_BITS, Bound, Norm, quantization_variance
 
-__all__ = ["PlanOptions", "make_plan"]
+__all__ = ["PlanOptions", "make_plan", "resolve_budget"]
 
 _DEFAULT_BITS_PER_COORDINATE = 4.0
 
@@ -117,7 +117,7 @@ def make_plan(
     o = _merge(options, overrides)
     p = probabilities(straggle_probs)
     n = _count_partitions(len(p), num_partitions, o)
-    budget, quantized = _budget(len(p), bits_per_coordinate, bit_budget)
+    budget, quantized = resolve_budget(len(p), bits_per_coordinate, bit_budget)
     variance = _variance_table(p, budget, o)
     if quantized:
         bits, shares, weights = _bits_and_code(p, variance, budget, n, o)
@@ -133,9 +133,7 @@ def make_plan(
         weights=weights,
         variance=chosen,
         bit_budget=budget,
-        partition_sizes=None
-        if o.partition_sizes is None
-        else np.asarray(o.partition_sizes, dtype=np.float64),
+        partition_sizes=None if o.partition_sizes is None else np.asarray(o.partition_sizes, dtype=np.float64),
         block_size=o.block_size,
         norm=o.norm,
         decoder=o.decoder,
@@ -152,9 +150,7 @@ def _merge(options: PlanOptions | None, overrides: dict[str, Any]) -> PlanOption
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise PlanError(
-                f"make_plan: expected an option out of {', '.join(sorted(known))}, got {name!r}{hint}"
-            )
+            raise PlanError(f"make_plan: expected an option out of {', '.join(sorted(known))}, got {name!r}{hint}")
     return dataclasses.replace(options or PlanOptions(), **overrides)
 
 
@@ -173,7 +169,7 @@ def _count_partitions(num_workers: int, num_partitions: int | None, o: PlanOptio
     return count
 
 
-def _budget(num_workers: int, bits_per_coordinate: float | None, bit_budget: int | None) -> tuple[int, bool]:
+def resolve_budget(num_workers: int, bits_per_coordinate: float | None, bit_budget: int | None) -> tuple[int, bool]:
     """Return the bits per coordinate over all workers, and whether gradients are quantized at all."""
     if bit_budget is not None:
         if bits_per_coordinate is not None:
@@ -219,9 +215,7 @@ def _variance_table(p: Floats, budget: int, o: PlanOptions) -> Floats:
 def _code(p: Floats, variance: Floats, n: int, o: PlanOptions) -> tuple[Floats, Weights]:
     """Return the best shares [K] and weights [K, N] for given variances."""
     if o.placement is not None:
-        placed = placed_weights(
-            p, variance, o.placement, partition_sizes=o.partition_sizes, max_share=o.max_share
-        )
+        placed = placed_weights(p, variance, o.placement, partition_sizes=o.partition_sizes, max_share=o.max_share)
         return placed.sum(axis=1) / n, placed
     shares = optimal_shares(p, variance, max_share=o.max_share)
     if not o.tolerance:
@@ -238,9 +232,7 @@ def _code(p: Floats, variance: Floats, n: int, o: PlanOptions) -> tuple[Floats, 
     return shares, weights[np.argsort(order)]
 
 
-def _bits_and_code(
-    p: Floats, variance: Floats, budget: int, n: int, o: PlanOptions
-) -> tuple[Ints, Floats, Weights]:
+def _bits_and_code(p: Floats, variance: Floats, budget: int, n: int, o: PlanOptions) -> tuple[Ints, Floats, Weights]:
     """Return the best bits [K], shares [K] and weights [K, N] under a budget."""
     delta = error_factors(p[:, None], variance)
     constrained = o.placement is not None or o.max_share is not None

@@ -127,9 +127,7 @@ def _segment_flow(holds: Mask, supply: Floats, capacity: Floats) -> tuple[Floats
     return flow, need, slack
 
 
-def _search(
-    holds: Mask, carries: Mask, starts: Mask, open_workers: Mask
-) -> tuple[Mask, Mask, int, Ints, Ints]:
+def _search(holds: Mask, carries: Mask, starts: Mask, open_workers: Mask) -> tuple[Mask, Mask, int, Ints, Ints]:
     """Search breadth first from the partitions in need for a worker with room.
 
     Returns:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner import code, serial, tracks
+from torch_qgc.planner import code, consistency, serial, tracks
 from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
-from torch_qgc.planner.variance import PASS_THROUGH_BITS, Norm, quantization_variance
+from torch_qgc.planner.variance import Norm, quantization_variance
 
 __all__ = ["Plan"]
 
@@ -45,10 +45,15 @@ class Plan:
         bit_budget: bits per coordinate over all workers that `bits` must keep to, or None.
         block_size: coordinates that share one scale.
         norm: "max" or "l2", what that scale is.
-        decoder: "unbiased", "hajek", "ridge" or "uncorrected": see docs/planner.md.
+        decoder: "unbiased", "hajek", "ridge" or "uncorrected": see docs/planner.md; or a rule of the codes in
+            torch_qgc.schemes. These may come with weights of any sign and balance, for which rows of |weights|
+            sum to N m_k and h_k = sum_n weights[k, n] gbar_n / (N m_k).
         second_track: None, "ridge", "hajek" or "lmmse": how the gradient is decoded that Adam squares.
         second_track_alpha: weight of squared bias against variance in "ridge"; more: closer to unbiased.
         gradient_correlation: in [0, 1], what "lmmse" assumes between the gradients of two partitions.
+        parts: into how many equal pieces the gradient is cut; a payload has 1/parts of its coordinates and
+            may spend as many times the bits. Weights are then [K, parts N]: columns by part, then partition
+            (Ye & Abbe's codes; training takes 1).
     Raises:
         PlanError: anything inconsistent: the message says what was expected.
     """
@@ -66,10 +71,11 @@ class Plan:
     second_track: str | None = None
     second_track_alpha: float = 1.0
     gradient_correlation: float = 0.5
+    parts: int = 1
 
     def __post_init__(self) -> None:
         p = probabilities(self.straggle_probs)
-        bits = _integers(self.bits, len(p))
+        bits = consistency.integer_bits(self.bits, len(p))
         typical = np.size(self.variance) == 0
         arrays: dict[str, NDArray[Any]] = {
             "straggle_probs": p,
@@ -85,10 +91,7 @@ class Plan:
         for name, values in arrays.items():
             values.setflags(write=False)
             object.__setattr__(self, name, values)
-        self._check_names()
-        self._check_budget()
-        if self.decoder in tracks.BALANCED:
-            self._check_balance()
+        consistency.check(self)
         # Rules that cannot be built for this plan must fail here, not in the first round.
         _ = self._first, self._second
 
@@ -101,15 +104,14 @@ class Plan:
                 worker contributes twice.
             rates: [K] expected contributions per round r_k; None: 1 - p_k.
         Returns:
-            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0.
+            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0; with several
+            parts [parts, K], one row for each of them.
         Raises:
             PlanError: wrong shape.
         """
         return self._decode(self._first, arrived, rates)
 
-    def second_coefficients(
-        self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None
-    ) -> Floats | None:
+    def second_coefficients(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> Floats | None:
         """Return the second track's coefficients, as `coefficients` does; None without a second track."""
         return None if self._second is None else self._decode(self._second, arrived, rates)
 
@@ -145,7 +147,7 @@ class Plan:
     @property
     def num_partitions(self) -> int:
         """N."""
-        return int(self.weights.shape[1])
+        return int(self.weights.shape[1]) // self.parts
 
     @cached_property
     def partition_fractions(self) -> Floats:
@@ -153,9 +155,19 @@ class Plan:
         return code.partition_fractions(self.num_partitions, self.partition_sizes)
 
     @cached_property
+    def target(self) -> Floats:
+        """[parts, parts N] what every part of the gradient is made of: s_n of its own columns."""
+        return np.asarray(np.kron(np.eye(self.parts), self.partition_fractions), dtype=np.float64)
+
+    @cached_property
     def load(self) -> float:
         """Mean number of workers that hold a partition."""
         return code.load(self.weights)
+
+    @property
+    def spent_bits(self) -> float:
+        """Bits per coordinate of the gradient, summed over workers."""
+        return float(self.bits.sum()) / self.parts
 
     @cached_property
     def residual_bound(self) -> float:
@@ -169,8 +181,18 @@ class Plan:
         return float(np.sum(factors * self.shares[used] ** 2))
 
     def partition_probabilities(self, worker: int) -> Floats:
-        """Return [N] probabilities that a worker draws a sample from each partition; zeros at share 0."""
+        """Return [N] probabilities that a worker draws a sample from each partition; zeros at share 0.
+
+        Raises:
+            PlanError: the code subtracts gradients or cuts them, which sampling cannot do.
+        """
         row: Floats = code.dense_rows(self.weights, worker, worker + 1)[0]
+        if self.parts > 1 or np.any(row < 0):
+            raise PlanError(
+                f"weights: expected entries >= 0 in one part to draw samples by, got {self.parts} parts with "
+                f"least entry {row.min():.3g} for worker {worker}: this code is for comparisons, train with "
+                "one of make_plan"
+            )
         total = float(row.sum())
         return row / total if total > 0 else row
 
@@ -186,7 +208,7 @@ class Plan:
         Raises:
             PlanError: not JSON, not a plan, another format, or a plan that does not hold together.
         """
-        return cls(**serial.from_json(text))
+        return serial.from_json(text)
 
     def digest(self) -> str:
         """Return a hex fingerprint of the plan: equal on two ends if and only if their plans are equal."""
@@ -206,87 +228,20 @@ class Plan:
         return Plan.from_json, (self.to_json(),)
 
     def __repr__(self) -> str:
-        spent, budget = int(self.bits.sum()), "" if self.bit_budget is None else f" of {self.bit_budget}"
+        budget = "" if self.bit_budget is None else f" of {self.bit_budget}"
+        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in tracks.BALANCED else ""
         second = "" if self.second_track is None else f", second track {self.second_track}"
         lines = [
-            f"Plan({self.num_workers} workers, {self.num_partitions} partitions, {spent}{budget} bits per "
+            f"Plan({self.num_workers} workers, {self.num_partitions} partitions, {self.spent_bits:g}{budget} bits per "
             f"coordinate, {self.norm} norm over {self.block_size}, {self.decoder}{second}, "
-            f"load {self.load:.3g}, residual <= {self.residual_bound:.4g})"
+            f"load {self.load:.3g}{bound})"
         ]
+        everybody = np.atleast_2d(self.coefficients(np.ones(self.num_workers, dtype=bool)))[0]
         lines.append(f"{'worker':>8} {'late':>7} {'bits':>5} {'share':>8} {'coefficient':>12}")
         for k in range(min(self.num_workers, _ROWS_SHOWN)):
             lines.append(
-                f"{k:>8} {self.straggle_probs[k]:>7.4g} {self.bits[k]:>5} {self.shares[k]:>8.4f} "
-                f"{self._corrected[k]:>12.4f}"
+                f"{k:>8} {self.straggle_probs[k]:>7.4g} {self.bits[k]:>5} {self.shares[k]:>8.4f} {everybody[k]:>12.4f}"
             )
         if self.num_workers > _ROWS_SHOWN:
             lines.append(f"     ... and {self.num_workers - _ROWS_SHOWN} more")
         return "\n".join(lines)
-
-    # ---------------------------------------------------------------------------------------- checks
-    def _check_names(self) -> None:
-        if self.decoder not in tracks.RULES:
-            raise PlanError(f"decoder: expected one of {', '.join(tracks.DECODERS)}, got {self.decoder!r}")
-        if self.second_track is not None and self.second_track not in tracks.SECOND_TRACKS:
-            raise PlanError(
-                f"second_track: expected None or one of {', '.join(tracks.SECOND_TRACKS)}, "
-                f"got {self.second_track!r}"
-            )
-        if self.norm not in ("max", "l2"):
-            raise PlanError(f"norm: expected 'max' or 'l2', got {self.norm!r}")
-        if self.block_size < 1:
-            raise PlanError(f"block_size: expected at least 1 coordinate, got {self.block_size}")
-        if not self.second_track_alpha > 0:
-            raise PlanError(f"second_track_alpha: expected a positive weight, got {self.second_track_alpha}")
-        if not 0.0 <= self.gradient_correlation <= 1.0:
-            raise PlanError(
-                f"gradient_correlation: expected a number in [0, 1], got {self.gradient_correlation}"
-            )
-
-    def _check_budget(self) -> None:
-        spent = int(self.bits.sum())
-        if self.bit_budget is not None and spent > self.bit_budget:
-            raise PlanError(f"bits: expected at most {self.bit_budget} bits over all workers, got {spent}")
-
-    def _check_balance(self) -> None:
-        """Check sum_k a_kn = s_n and sum_n a_kn = m_k: else no coefficients make the gradient unbiased."""
-        n = self.num_partitions
-        entries = code.stored_entries(self.weights)
-        if not np.all(entries >= 0):
-            raise PlanError(
-                "weights: expected entries >= 0 (they are sampling probabilities), got a negative one or NaN"
-            )
-        if abs(float(self.shares.sum()) - 1.0) > 1e-9:
-            raise PlanError(
-                f"shares: expected sum 1, got {float(self.shares.sum())!r}; divide them by their sum"
-            )
-        rows = np.asarray(self.weights.sum(axis=1)) - n * self.shares
-        columns = np.asarray(self.weights.sum(axis=0)) - n * self.partition_fractions
-        for name, gap in (("row of worker", rows), ("column of partition", columns)):
-            worst = int(np.argmax(np.abs(gap)))
-            if abs(gap[worst]) > 1e-9 * max(n, 1):
-                raise PlanError(
-                    f"weights: expected rows to sum to N m_k and columns to N s_n, got {name} {worst} off by "
-                    f"{gap[worst]:.3g} (see torch_qgc.planner.segment_weights)"
-                )
-        if self.decoder == "uncorrected":
-            return
-        mute = np.flatnonzero((self.shares > 0) & ((self.straggle_probs >= 1.0) | np.isinf(self.variance)))
-        if mute.size:
-            raise PlanError(
-                f"shares: expected share 0 for a worker that never arrives or sends no bits, got "
-                f"{self.shares[mute[0]]:.4g} for worker {mute[0]}: its data would be missing"
-            )
-
-
-def _integers(bits: Any, num_workers: int) -> Ints:
-    values = np.array(bits)
-    if values.shape != (num_workers,) or not np.issubdtype(values.dtype, np.integer):
-        raise PlanError(
-            f"bits: expected [{num_workers}] integers, got shape {values.shape} of {values.dtype}"
-        )
-    if values.min() < 0 or values.max() > PASS_THROUGH_BITS:
-        raise PlanError(
-            f"bits: expected values in [0, {PASS_THROUGH_BITS}], got {values.min()} .. {values.max()}"
-        )
-    return values.astype(np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.code import dense_if_small
+from torch_qgc.planner.code import Weights, dense_if_small
 
 if TYPE_CHECKING:
     from torch_qgc.planner.plan import Plan
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["from_json", "to_json"]
 
 _FORMAT = 1
+_MOST_COLUMNS = 1 << 24  # far beyond any job; a message must not make us allocate without bound
 
 
 def to_json(plan: Plan) -> str:
@@ -29,7 +30,7 @@ def to_json(plan: Plan) -> str:
     values = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
     values["variance"] = [v if math.isfinite(v) else None for v in values["variance"]]
     values["weights"] = {
-        "num_partitions": plan.num_partitions,
+        "columns": int(plan.weights.shape[1]),
         "starts": entries.indptr.tolist(),
         "partitions": entries.indices.tolist(),
         "values": entries.data.tolist(),
@@ -38,11 +39,11 @@ def to_json(plan: Plan) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def from_json(text: str | bytes) -> dict[str, Any]:
-    """Return the fields of the plan that `to_json` wrote.
+def from_json(text: str | bytes) -> Plan:
+    """Return the plan that `to_json` wrote. It may come from the network: whatever is wrong is a PlanError.
 
     Raises:
-        PlanError: not JSON, not a plan, or another format.
+        PlanError: not JSON, not a plan, another format, or a plan that does not hold together.
     """
     from torch_qgc.planner.plan import Plan
 
@@ -55,15 +56,20 @@ def from_json(text: str | bytes) -> dict[str, Any]:
                 f"plan: expected JSON of format {_FORMAT} with fields {sorted(known)}, got format {version} "
                 f"with {sorted(values)}; make the plan anew with this version of torch_qgc"
             )
-        entries = values.pop("weights")
-        weights = sparse.csr_array(
-            (entries["values"], entries["partitions"], entries["starts"]),
-            shape=(len(values["shares"]), entries["num_partitions"]),
-        )
-        values["weights"] = dense_if_small(weights)
+        values["weights"] = _weights(len(values["shares"]), **values["weights"])
         values["variance"] = [math.inf if v is None else v for v in values["variance"]]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, PlanError):
-            raise
+        return Plan(**values)
+    except PlanError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise PlanError(f"plan: expected JSON written by Plan.to_json, got {error!r}") from error
-    return dict(values)
+
+
+def _weights(rows: int, *, columns: int, starts: list[int], partitions: list[int], values: list[float]) -> Weights:
+    """Return weights from compressed rows. Plans come over the network: nothing may be out of bounds."""
+    if not 0 < columns <= _MOST_COLUMNS:
+        raise PlanError(f"plan: expected 1 .. {_MOST_COLUMNS} columns of weights, got {columns}; use fewer partitions")
+    indices = [np.array(list_, dtype=np.int64) for list_ in (starts, partitions)]
+    weights = sparse.csr_array((np.array(values, dtype=np.float64), indices[1], indices[0]), shape=(rows, columns))
+    weights.check_format(full_check=True)
+    return dense_if_small(weights)

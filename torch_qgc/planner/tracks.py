@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torch_qgc.errors import PlanError
+from torch_qgc.planner.baseline_rules import BASELINE_RULES, dense_weights
 from torch_qgc.planner.checks import Floats, per_worker, probabilities
-from torch_qgc.planner.code import dense_rows
 
 if TYPE_CHECKING:
     from torch_qgc.planner.plan import Plan
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BALANCED",
     "DECODERS",
+    "FIXED",
     "RULES",
     "SECOND_TRACKS",
     "Rule",
@@ -29,9 +30,6 @@ __all__ = [
 Rule: TypeAlias = Callable[[NDArray[Any], Floats], Floats]
 
 Gram = Literal["mixed", "aligned", "orthogonal"]
-
-# A least-squares decoder keeps a dense [K, K] matrix: larger jobs have no use for it.
-_LMMSE_WORKERS = 4096
 
 
 def corrected_shares(shares: Floats, rates: NDArray[Any]) -> Floats:
@@ -81,13 +79,8 @@ def _lmmse(plan: Plan) -> Rule:
     partitions' fractions of the data and rho the correlation between partitions' gradients. Rates play no
     part: what matters is who is in now.
     """
-    if plan.num_workers > _LMMSE_WORKERS:
-        raise PlanError(
-            f"second_track: expected at most {_LMMSE_WORKERS} workers for 'lmmse', got {plan.num_workers}; "
-            "use 'hajek'"
-        )
     rho = plan.gradient_correlation
-    rows = dense_rows(plan.weights, 0, plan.num_workers)
+    rows = dense_weights(plan, "lmmse")
     mass = rows.sum(axis=1)
     rows = rows / np.where(mass > 0, mass, 1.0)[:, None]
     gram = (1.0 - rho) * (rows @ rows.T) + rho
@@ -115,11 +108,14 @@ RULES: dict[str, Callable[[Plan], Rule]] = {
     "ridge": _ridge,
     "uncorrected": _uncorrected,
     "lmmse": _lmmse,
+    **BASELINE_RULES,
 }
 DECODERS = ("unbiased", "hajek", "ridge", "uncorrected")
 SECOND_TRACKS = ("ridge", "hajek", "lmmse")
+#: Rules whose coefficients do not depend on who else has arrived.
+FIXED = frozenset({"unbiased", "ridge", "uncorrected", "homogeneous"})
 #: Rules that rest on rows N m_k and columns N s_n of the weights.
-BALANCED = frozenset(RULES)
+BALANCED = frozenset({"unbiased", "hajek", "ridge", "lmmse"})
 
 
 def second_moment_decoder(
@@ -159,9 +155,7 @@ def second_moment_decoder(
     noise = (1.0 - p) * (p + v) * energy
     gram = np.outer(seen, seen) if model == "aligned" else mean @ mean.T
     target = seen * code.shape[1] if model == "aligned" else seen
-    useful = (
-        noise > 0
-    )  # a worker that never arrives, or sends zero, has no say; a perfect one is limited by rounding
+    useful = noise > 0  # a worker that never arrives, or sends zero, has no say; a perfect one is limited by rounding
     useful |= seen != 0
     decoder = np.zeros(len(p))
     system = alpha * gram[np.ix_(useful, useful)] + np.diag(noise[useful])

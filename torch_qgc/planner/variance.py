@@ -15,7 +15,15 @@ from numpy.typing import ArrayLike
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats
 
-__all__ = ["PASS_THROUGH_BITS", "Bound", "NoiseRatio", "Norm", "RunningVariance", "quantization_variance"]
+__all__ = [
+    "PASS_THROUGH_BITS",
+    "Bound",
+    "NoiseRatio",
+    "Norm",
+    "RunningVariance",
+    "quantization_variance",
+    "sign_variance",
+]
 
 Norm = Literal["max", "l2"]
 Bound = Literal["typical", "tight", "paper"]
@@ -27,9 +35,7 @@ PASS_THROUGH_BITS = 32
 _KAPPA_MAX_512 = 1.77
 
 
-def quantization_variance(
-    bits: ArrayLike, block_size: int, *, norm: Norm = "max", bound: Bound = "typical"
-) -> Floats:
+def quantization_variance(bits: ArrayLike, block_size: int, *, norm: Norm = "max", bound: Bound = "typical") -> Floats:
     """Return the relative variance of stochastic rounding to L = 2^(bits-1) - 1 levels each side of zero.
 
     With D = block_size coordinates sharing one scale:
@@ -70,6 +76,22 @@ def quantization_variance(
         else:
             raise PlanError(f"bound: expected 'typical', 'tight' or 'paper', got {bound!r}")
     return np.where(b == PASS_THROUGH_BITS, 0.0, q)
+
+
+def sign_variance(block_size: int, *, norm: Norm = "max", bound: Bound = "typical") -> float:
+    """Return the relative variance of one bit per coordinate: +s or -s, + with chance (1 + v_i / s) / 2.
+
+        V = D s^2 - ||v||^2:   D - 1 for the L2 scale; for the max scale at most that, E[max z^2] - 1 for Gaussians
+
+    Args:
+        block_size: D >= 1 coordinates that share the scale s.
+        norm, bound: as in `quantization_variance`.
+    """
+    if block_size < 1:
+        raise PlanError(f"block_size: expected at least 1 coordinate, got {block_size}")
+    if norm == "max" and bound == "typical":
+        return max(_mean_square_maximum(block_size) - 1.0, 0.0)
+    return block_size - 1.0
 
 
 def _tight(levels: Floats, block_size: int, norm: Norm) -> Floats:
@@ -113,9 +135,7 @@ class RunningVariance:
         memory: measurements over which the average forgets (more: steadier, slower to follow), >= 1.
     """
 
-    def __init__(
-        self, num_workers: int, *, block_size: int = 512, norm: Norm = "max", memory: float = 100.0
-    ) -> None:
+    def __init__(self, num_workers: int, *, block_size: int = 512, norm: Norm = "max", memory: float = 100.0) -> None:
         if not memory >= 1:
             raise PlanError(f"memory: expected at least 1 measurement, got {memory}")
         self._keep = 1.0 - 1.0 / memory
@@ -183,9 +203,7 @@ class NoiseRatio:
         self._energy = np.zeros(num_workers)
         self._signal = np.zeros(num_workers)
 
-    def update(
-        self, coefficients: Floats, energy: Floats, decoded_energy: Floats, result_energy: float
-    ) -> None:
+    def update(self, coefficients: Floats, energy: Floats, decoded_energy: Floats, result_energy: float) -> None:
         """Enter one round.
 
         Args:
