@@ -55,9 +55,22 @@ def closing(state: qgc.QGCState) -> Iterator[None]:
 # --- 1. a late worker -----------------------------------------------------------------------------------
 
 
+def convolutions() -> torch.nn.Module:
+    """As `mlp`, through convolutions whose weights lie channels last."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Unflatten(1, (10, 1, 1)), torch.nn.Conv2d(10, 24, 3, padding=1), torch.nn.ReLU()]
+    layers += [torch.nn.Conv2d(24, 16, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(16, 1)]
+    return torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
 def late_job(rank: int, late: str, optimizer: str, downlink_bits: int, aggregators: int) -> dict[str, Any]:
     ddp, state = coded(
-        mlp(), deadline_s=0.15, late=late, verify_every=5, downlink_bits=downlink_bits, aggregators=aggregators
+        mlp() if optimizer == "sgd" else convolutions(),
+        deadline_s=0.15,
+        late=late,
+        verify_every=5,
+        downlink_bits=downlink_bits,
+        aggregators=aggregators,
     )
     loader = state.loader(dataset(), batch_size=6)
     if optimizer == "adam":

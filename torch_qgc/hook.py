@@ -253,7 +253,8 @@ class QGCState:
         buffer = bucket.buffer()
         if buffer.is_sparse:
             raise ConfigError("expected dense gradients, got a sparse one: use Embedding(..., sparse=False)")
-        places = [(self.layout.slot(p), g) for p, g in zip(bucket.parameters(), bucket.gradients())]
+        slots = [self.layout.slot(p) for p in bucket.parameters()]
+        places = [(slot, slot.as_in_bucket(g)) for slot, g in zip(slots, bucket.gradients())]
         bits = int(self.plan.bits[self.rank])
         key = derive_key(self._seed, self.step, self.rank)
         closed_without_us = worker.closed(self.step)
@@ -334,7 +335,8 @@ class QGCState:
         assert self._flat is not None
         found = [p.grad for p in self.layout.parameters]
         for p, slot in zip(self.layout.parameters, self.layout.slots):
-            p.grad = self._flat.view(slot).to(p.dtype, copy=True)
+            # In the parameter's own memory format, as autograd makes it: optimizers round differently over others.
+            p.grad = torch.empty_like(p).copy_(self._flat.view(slot))
         update()
         for p, gradient in zip(self.layout.parameters, found):
             p.grad = gradient  # as it was: whoever clears gradients after loading a batch still does

@@ -26,6 +26,7 @@ class Slot:
 
     name: str
     shape: tuple[int, ...]
+    stride: tuple[int, ...]  # of the gradient in DDP's bucket: the parameter's own if it is dense
     dtype: str
     offset: int
     numel: int
@@ -34,6 +35,14 @@ class Slot:
     def span(self) -> slice:
         """The parameter's coordinates in the flat gradient."""
         return slice(self.offset, self.offset + self.numel)
+
+    def as_in_bucket(self, gradient: torch.Tensor) -> torch.Tensor:
+        """View an entry of GradBucket.gradients() in the memory order that DDP wrote it in.
+
+        DDP fills buckets in the parameter's memory format (channels last, say), but gradients() always views them as
+        contiguous: its elements are then in other places than the parameter's.
+        """
+        return gradient.as_strided(self.shape, self.stride, gradient.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ class Layout:
         for name, p in reversed(trained):
             if not p.is_floating_point():
                 raise ConfigError(f"parameter {name!r}: expected a real floating-point dtype, got {p.dtype}")
-            self.slots.append(Slot(name, tuple(p.shape), str(p.dtype), offset, p.numel()))
+            # empty_like keeps strides exactly when they are dense and do not overlap, which is DDP's condition.
+            stride = tuple(torch.empty_like(p, device="meta").stride())
+            self.slots.append(Slot(name, tuple(p.shape), stride, str(p.dtype), offset, p.numel()))
             offset += p.numel()
         self.numel = offset
         self.chunk_numel = chunk_numel

@@ -123,4 +123,4 @@ def _two_track_adam(optimizer: torch.optim.Adam, group: dict[str, Any], state: Q
 def _second(state: QGCState, parameter: torch.Tensor) -> torch.Tensor:
     second = state.second_track(parameter)
     assert second is not None
-    return second.to(parameter.dtype)
+    return torch.empty_like(parameter).copy_(second)  # in its memory format, which foreach is fast for
