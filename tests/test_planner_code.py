@@ -220,9 +220,7 @@ def test_placed_weights_are_as_good_as_a_general_convex_solver(seed: int, capped
         method="SLSQP",
         options={"ftol": 1e-15, "maxiter": 1000},
     )
-    weights = placed_weights(
-        p, v, holds, partition_sizes=sizes, max_share=np.minimum(caps, 1.0) if capped else None
-    )
+    weights = placed_weights(p, v, holds, partition_sizes=sizes, max_share=np.minimum(caps, 1.0) if capped else None)
     m = weights.sum(axis=1) / n
     assert np.all(m <= caps + 1e-9)
     np.testing.assert_allclose(weights.sum(axis=0), n * fractions, rtol=1e-12)

@@ -101,9 +101,7 @@ def test_the_likeliest_fit_maximises_the_likelihood() -> None:
     fit = fit_shifted_exponential(delays, missed, corrected=False)
 
     def log_likelihood(mu: float, shift: float) -> float:
-        return float(
-            stats.expon.logpdf(delays, shift, 1 / mu).sum() + stats.expon.logsf(missed, shift, 1 / mu).sum()
-        )
+        return float(stats.expon.logpdf(delays, shift, 1 / mu).sum() + stats.expon.logsf(missed, shift, 1 / mu).sum())
 
     mu, shift = float(np.float64(fit.mu)), float(np.float64(fit.shift))
     best = log_likelihood(mu, shift)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import make_plan, quantization_variance
-from torch_qgc.planner.variance import Bound, NoiseRatio, Norm, RunningVariance
+from torch_qgc.planner.variance import Bound, NoiseRatio, Norm, RunningVariance, sign_variance
 
 
 def exact_variance(v: np.ndarray, bits: int, norm: Norm) -> float:
@@ -67,9 +67,7 @@ def test_more_bits_are_never_noisier(bound: Bound, norm: Norm, block_size: int) 
     assert np.all(np.isfinite(q[2:]))
     assert np.all(np.diff(q[2:]) <= 0)
     assert q[32] == 0.0
-    assert np.all(
-        q <= quantization_variance(np.arange(33), block_size, norm="l2", bound="paper") * (1 + 1e-12)
-    )
+    assert np.all(q <= quantization_variance(np.arange(33), block_size, norm="l2", bound="paper") * (1 + 1e-12))
 
 
 @pytest.mark.parametrize("norm", ["max", "l2"])
@@ -166,3 +164,17 @@ def test_noise_ratio_without_signal_or_partner() -> None:
     before = noise.ratios()
     noise.update(opposed, np.full(3, np.inf), np.ones(3), 1.0)
     np.testing.assert_array_equal(noise.ratios(), before)
+
+
+def test_one_bit_is_as_noisy_as_its_closed_form() -> None:
+    """E||s sign - v||^2 = D s^2 - ||v||^2 for P(+) = (1 + v_i / s) / 2, summed over coordinates."""
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((2000, 512))
+    for norm, scale in (("max", np.abs(blocks).max(axis=1)), ("l2", np.linalg.norm(blocks, axis=1))):
+        up = (1 + blocks / scale[:, None]) / 2
+        s = scale[:, None]
+        lost = np.sum(up * (s - blocks) ** 2 + (1 - up) * (s + blocks) ** 2)
+        q = sign_variance(512, norm=norm)  # type: ignore[arg-type]
+        assert lost / np.sum(blocks**2) == pytest.approx(q, rel=0.02)
+        assert q <= sign_variance(512, norm=norm, bound="tight") == 511  # type: ignore[arg-type]
+    assert sign_variance(1) == 0.0

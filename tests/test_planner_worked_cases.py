@@ -13,8 +13,7 @@ from torch_qgc import planner
 from torch_qgc.planner import delays
 
 CASES: dict[str, Any] = {
-    case["id"]: case
-    for case in json.loads((Path(__file__).parent / "worked_cases.json").read_text())["cases"]
+    case["id"]: case for case in json.loads((Path(__file__).parent / "worked_cases.json").read_text())["cases"]
 }
 
 
@@ -67,9 +66,7 @@ def test_code_is_theorem_1_in_segments(case: dict[str, Any]) -> None:
     np.testing.assert_allclose(n * shares, expected["row_sums"], rtol=tol)
     np.testing.assert_allclose(weights, expected["A"], atol=tol)
     assert planner.load(weights) == pytest.approx(expected["load"], abs=tol)
-    plan = planner.Plan(
-        straggle_probs=p, bits=np.array(given["bits"]), shares=shares, weights=weights, variance=q
-    )
+    plan = planner.Plan(straggle_probs=p, bits=np.array(given["bits"]), shares=shares, weights=weights, variance=q)
     assert plan.residual_bound == pytest.approx(expected["residual_over_CN2"], rel=tol)
     np.testing.assert_allclose(n * plan.coefficients(np.ones(len(p), bool)), expected["d"], rtol=tol)
     rows = [plan.partition_probabilities(k) for k in range(len(p))]
@@ -100,9 +97,7 @@ def test_allocation_with_drops_is_optimal(case: dict[str, Any], method: planner.
 
 @pytest.mark.parametrize("method", ["exact", "dp"])
 @of_kind("allocate_table")
-def test_allocation_over_measured_tables_is_optimal(
-    case: dict[str, Any], method: planner.bits.Method
-) -> None:
+def test_allocation_over_measured_tables_is_optimal(case: dict[str, Any], method: planner.bits.Method) -> None:
     table = utility_table(case)
     bits = planner.allocate_bits(table, case["inputs"]["B"], method)
     total = table[np.arange(len(bits)), bits].sum()
@@ -170,9 +165,7 @@ def test_censored_fit(case: dict[str, Any]) -> None:
     fit = delays.fit_shifted_exponential(given["delays"], given["censored_at"])
     likeliest = delays.fit_shifted_exponential(given["delays"], given["censored_at"], corrected=False)
     np.testing.assert_allclose([fit.mu, fit.shift], [expected["mu"], expected["shift"]], rtol=tol)
-    np.testing.assert_allclose(
-        [likeliest.mu, likeliest.shift], [expected["mu_mle"], expected["shift_mle"]], rtol=tol
-    )
+    np.testing.assert_allclose([likeliest.mu, likeliest.shift], [expected["mu_mle"], expected["shift_mle"]], rtol=tol)
 
 
 @of_kind("deadline")

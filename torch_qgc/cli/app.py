@@ -1,0 +1,149 @@
+"""The commands: they read arguments, call the library, and print."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from torch_qgc.cli import doctor as machine
+from torch_qgc.cli import tables
+from torch_qgc.cli.comparison import compare
+from torch_qgc.cli.delays import read_delays, straggle_probs_at
+from torch_qgc.errors import ConfigError, JobFailed, PlanError, QGCError
+from torch_qgc.planner import make_plan
+from torch_qgc.planner.design import PlanOptions
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="qgc", help="Plan and run quantized gradient coding.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+    """Turn the library's errors into one message on stderr: 2 for bad input, 1 for a failure."""
+    try:
+        yield
+    except (QGCError, ImportError, OSError) as error:
+        typer.echo(f"qgc: {error}", err=True)
+        bad_input = isinstance(error, QGCError) and not isinstance(error, JobFailed)
+        raise typer.Exit(2 if bad_input else 1) from error
+
+
+@app.command()
+def plan(
+    straggle_probs: Annotated[
+        str | None, typer.Option(help="chance of each worker to miss a round: 0.05,0.1,0.3")
+    ] = None,
+    delays: Annotated[
+        Path | None,
+        typer.Option(help="or CSV of delays in seconds, a row per round, a column per worker; empty: never came"),
+    ] = None,
+    deadline_s: Annotated[str, typer.Option(help="with --delays: seconds, or auto")] = "auto",
+    bits_per_coordinate: Annotated[float | None, typer.Option(help="mean over workers; default 4")] = None,
+    bit_budget: Annotated[int | None, typer.Option(help="or their sum over workers")] = None,
+    num_partitions: Annotated[int | None, typer.Option(help="pieces of data; default: one per worker")] = None,
+    norm: Annotated[str, typer.Option(help="scale of a block: max or l2")] = "max",
+    variance: Annotated[str, typer.Option(help="quantization noise: typical, tight or paper")] = "typical",
+    noise_ratio: Annotated[float, typer.Option(help="batch noise over signal, eta; 0: full gradients")] = 0.0,
+    allow_drop: Annotated[bool, typer.Option(help="let a worker send nothing if that is better")] = False,
+    max_share: Annotated[float | None, typer.Option(help="most of the data that a worker answers for")] = None,
+    decoder: Annotated[str, typer.Option(help="unbiased, hajek, ridge or uncorrected")] = "unbiased",
+    second_track: Annotated[str | None, typer.Option(help="of Adam: ridge, hajek or lmmse")] = None,
+    out: Annotated[Path | None, typer.Option(help="save the plan as JSON")] = None,
+    plot: Annotated[Path | None, typer.Option(help="save a picture: .png, .pdf or .svg; needs matplotlib")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Decide who answers for how much data, with how many bits, and compare with other schemes."""
+    with _reporting():
+        options = PlanOptions(
+            norm=norm,  # type: ignore[arg-type]  # refused below if it is another word
+            variance=variance,
+            noise_ratio=noise_ratio,
+            allow_drop=allow_drop,
+            max_share=max_share,
+            decoder=decoder,
+            second_track=second_track,
+        )
+        budget: dict[str, Any] = {
+            "bits_per_coordinate": bits_per_coordinate,
+            "bit_budget": bit_budget,
+            "num_partitions": num_partitions,
+        }
+        deadline: float | None = None
+        if delays is not None and straggle_probs is None:
+            late, deadline = straggle_probs_at(
+                read_delays(delays), deadline_s, lambda p: make_plan(p, options=options, **budget).residual_bound
+            )
+        elif straggle_probs is not None and delays is None:
+            late = _numbers(straggle_probs)
+        else:
+            raise ConfigError("expected --straggle-probs or --delays, got both or neither: give one")
+        made = make_plan(late, options=options, **budget)
+        others = compare(made, {name: value for name, value in budget.items() if value is not None}, options)
+        if out is not None:
+            out.write_text(made.to_json())
+        if plot is not None:
+            from torch_qgc.cli.pictures import plan_picture
+
+            plan_picture(made, plot, options)
+    if as_json:
+        residuals = {row.name: row.residual for row in others}
+        typer.echo(json.dumps({"plan": json.loads(made.to_json()), "deadline_s": deadline, "residuals": residuals}))
+    else:
+        tables.print_plan(made, deadline)
+        if others:
+            tables.print_comparison(others)
+
+
+@app.command()
+def aggregator(
+    bind: Annotated[str, typer.Option(help="tcp://host:port; port * picks a free one")] = "tcp://127.0.0.1:*",
+    index: Annotated[int, typer.Option(help="which aggregator this is")] = 0,
+    count: Annotated[int, typer.Option(help="of how many")] = 1,
+    threads: Annotated[int, typer.Option(help="threads that decode", min=1)] = 1,
+    max_message_mib: Annotated[int, typer.Option(help="larger messages are cut off", min=1)] = 256,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="allow an address that other machines can reach")
+    ] = False,
+) -> None:
+    """Run an aggregator that workers dial in to, until their job is finished."""
+    from torch_qgc import serve
+
+    if not 0 <= index < count:
+        typer.echo(f"qgc: index: expected a number in [0, {count}), got {index}: count aggregators from 0", err=True)
+        raise typer.Exit(2)
+    arguments = ["--bind", bind, "--index", str(index), "--count", str(count), "--threads", str(threads)]
+    arguments += ["--max-message-mib", str(max_message_mib)] + ["--insecure"] * insecure
+    with _reporting():
+        status = serve.main(arguments)
+    raise typer.Exit(status)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False) -> None:
+    """Say what runs here: versions, kernels, devices."""
+    facts = machine.examine()
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        tables.print_facts(facts)
+
+
+def _numbers(text: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    try:
+        return np.array([float(word) for word in text.split(",")])
+    except ValueError:
+        raise PlanError(f"straggle_probs: expected numbers with commas between, got {text!r}: try 0.05,0.1") from None
+
+
+if __name__ == "__main__":
+    sys.exit(app())

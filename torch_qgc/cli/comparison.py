@@ -1,0 +1,86 @@
+"""A plan beside the other schemes at the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from torch_qgc import schemes
+from torch_qgc.errors import PlanError
+from torch_qgc.planner import Plan, PlanOptions
+from torch_qgc.planner.checks import Floats
+from torch_qgc.planner.tracks import FIXED
+
+__all__ = ["Row", "compare"]
+
+_ENUMERATED_WORKERS = 10
+_DRAWN_PATTERNS = 2000
+_MOST_WORKERS = 64  # rules that solve a system per round would take too long beyond
+
+_SCHEMES: dict[str, tuple[Callable[..., Plan], dict[str, Any]]] = {
+    "osgc": (schemes.osgc, {}),
+    "is_sgd": (schemes.is_sgd, {}),
+    "is_sgd, by count": (schemes.is_sgd, {"decode": "count"}),
+    "is_sgd, unbiased": (schemes.is_sgd, {"decode": "unbiased"}),
+    "bgc": (schemes.bgc, {}),
+    "sgc": (schemes.sgc, {}),
+    "erasurehead": (schemes.erasurehead, {"decode": "average"}),
+    "optimal_decoding": (schemes.optimal_decoding, {}),
+    "expander": (schemes.expander, {}),
+    "fractional_repetition": (schemes.fractional_repetition, {"decode": "average"}),
+    "cyclic_mds": (schemes.cyclic_mds, {}),
+    "1-bit sgc": (schemes.one_bit_sgc, {}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scheme: bits per coordinate over all workers, load, and error.
+
+    Attributes:
+        residual: relative error of a round if all partitions have the same gradient.
+        residual_orthogonal, bias_orthogonal: the same, and its part that is bias, if their gradients are orthogonal.
+    """
+
+    name: str
+    bits: float
+    load: float
+    residual: float
+    residual_orthogonal: float
+    bias_orthogonal: float
+
+
+def compare(plan: Plan, budget: dict[str, Any], options: PlanOptions) -> list[Row]:
+    """Return the plan's row, then those of all schemes that exist for as many workers and bits.
+
+    Random codes are drawn once, with seed 0. Beyond 64 workers there is the plan's row alone, and not even that if its
+    coefficients depend on who else arrives.
+
+    Args:
+        plan: from `make_plan`.
+        budget: keywords bits_per_coordinate, bit_budget and num_partitions, as far as given.
+        options: of the plan; its norm, block size, variance and batch noise hold for all.
+    """
+    if plan.num_workers > _MOST_WORKERS:
+        return [_row("qgc", plan, plan.variance)] if plan.decoder in FIXED else []
+    rows = []
+    eta = np.asarray(options.noise_ratio)
+    told = {"norm": options.norm, "block_size": options.block_size, "variance": options.variance, **budget}
+    for name, (make, how) in _SCHEMES.items():
+        try:
+            other = make(plan.straggle_probs, **told, **how)
+        except PlanError:
+            continue  # no such code for this number of workers, partitions or bits
+        rows.append(_row(name, other, other.variance * (1.0 + eta) + eta))
+    return [_row("qgc", plan, plan.variance), *sorted(rows, key=lambda row: row.residual)]
+
+
+def _row(name: str, plan: Plan, variance: Floats) -> Row:
+    few = plan.num_workers <= _ENUMERATED_WORKERS or plan.decoder in FIXED
+    masks: Literal["exact"] | int = "exact" if few else _DRAWN_PATTERNS
+    aligned = schemes.round_error(plan, "aligned", masks, variance=variance)
+    orthogonal = schemes.round_error(plan, "orthogonal", masks, variance=variance)
+    return Row(name, plan.spent_bits, plan.load, aligned.total, orthogonal.total, orthogonal.bias)

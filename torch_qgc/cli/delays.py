@@ -1,0 +1,73 @@
+"""From a file of recorded delays to straggle probabilities."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from torch_qgc.errors import PlanError
+from torch_qgc.planner.checks import Floats
+from torch_qgc.planner.delays import Empirical, choose_deadline
+
+__all__ = ["read_delays", "straggle_probs_at"]
+
+
+def read_delays(path: Path) -> Floats:
+    """Return [rounds, K] seconds from a CSV; a first line that is not numbers is taken for a heading.
+
+    Raises:
+        PlanError: not a table of numbers; the message names line and column.
+        OSError: the file cannot be read.
+    """
+    with path.open(newline="") as file:
+        lines = [(number, cells) for number, cells in enumerate(csv.reader(file), start=1) if cells]
+    if lines and not any(_seconds(cell) is not None for cell in lines[0][1]):
+        lines = lines[1:]
+    if not lines:
+        raise PlanError(f"{path}: expected a row of delays in seconds for every round, got none")
+    width = len(lines[0][1])
+    rows = []
+    for number, cells in lines:
+        if len(cells) != width:
+            raise PlanError(f"{path}, line {number}: expected {width} columns, one per worker, got {len(cells)}")
+        row = [math.inf if not cell.strip() else _seconds(cell) for cell in cells]
+        for column, value in enumerate(row):
+            if value is None or not value >= 0:
+                raise PlanError(
+                    f"{path}, line {number}, column {column + 1}: expected seconds >= 0, or nothing if the payload "
+                    f"never came, got {cells[column]!r}"
+                )
+        rows.append(row)
+    return np.array(rows, dtype=np.float64)
+
+
+def straggle_probs_at(delays_s: Floats, deadline_s: str, residual: Callable[[Floats], float]) -> tuple[Floats, float]:
+    """Return the chance of every worker to be late, and the deadline in seconds.
+
+    Args:
+        delays_s: [rounds, K].
+        deadline_s: seconds, or "auto": the one that reaches a given loss soonest.
+        residual: of the plan for given probabilities.
+    """
+    model = Empirical(delays_s=delays_s)
+    if deadline_s == "auto":
+        choice = choose_deadline(model, residual, closes_early=True)
+        return choice.straggle_probs, choice.deadline_s
+    try:
+        deadline = float(deadline_s)
+    except ValueError:
+        deadline = math.nan
+    if not deadline > 0:
+        raise PlanError(f"deadline_s: expected seconds > 0 or 'auto', got {deadline_s!r}")
+    return np.atleast_1d(model.straggle_probability(deadline)), deadline
+
+
+def _seconds(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None

@@ -1,0 +1,128 @@
+"""Decode rules of the codes that torch_qgc is compared with. They do not rest on balanced weights.
+
+Worker k sends Q(h_k), h_k = sum_n w_kn gbar_n / sum_n |w_kn|; a rule returns the coefficient of Q(h_k). Solving
+for w on the rows W_S of those who are in, the coefficient is w_k sum_n |w_kn|.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_qgc.errors import PlanError
+from torch_qgc.planner.checks import Floats
+from torch_qgc.planner.code import dense_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch_qgc.planner.plan import Plan
+    from torch_qgc.planner.tracks import Rule
+
+__all__ = ["BASELINE_RULES", "dense_weights"]
+
+# Rules that solve a system per round keep dense rows: larger jobs have no use for them.
+_DENSE_WORKERS = 4096
+_DENSE_ENTRIES = 1 << 26
+# A sum of gradients counts as recovered if no partition is off by more than this fraction.
+_EXACT = 1e-7
+
+
+def dense_weights(plan: Plan, rule: str) -> Floats:
+    """Return weights [K, C] as an array for a rule that solves a system per round.
+
+    Raises:
+        PlanError: more than 4096 workers.
+    """
+    if plan.num_workers > _DENSE_WORKERS:
+        raise PlanError(f"expected at most {_DENSE_WORKERS} workers for {rule!r}, got {plan.num_workers}; use 'hajek'")
+    return dense_rows(plan.weights, 0, plan.num_workers)
+
+
+def _homogeneous(plan: Plan) -> Rule:
+    """c_k = m_k / (1 - mean p): all workers are taken for equally reliable."""
+    rate = 1.0 - float(plan.straggle_probs.mean())
+    scaled = plan.shares / rate if rate > 0 else np.zeros_like(plan.shares)
+    return lambda arrived, corrected: scaled * (arrived > 0)
+
+
+def _arrival_count(plan: Plan) -> Rule:
+    """c_k = m_k K / |S|, S the arrivals: what came stands for what did not."""
+    scaled = plan.shares * plan.num_workers
+
+    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
+        return scaled * (arrived > 0) / max(float(np.sum(arrived)), 1.0)
+
+    return rule
+
+
+def _one_per_group(plan: Plan) -> Rule:
+    """Take one arrival of every group of workers with the same data; lost groups count nothing (ErasureHead)."""
+    return _first_of_groups(plan, "one_per_group", all_or_nothing=False)
+
+
+def _one_of_every_group(plan: Plan) -> Rule:
+    """The same, but the round decodes to zero if a group is lost (Tandon et al.'s fractional repetition)."""
+    return _first_of_groups(plan, "one_of_every_group", all_or_nothing=True)
+
+
+def _first_of_groups(plan: Plan, name: str, *, all_or_nothing: bool) -> Rule:
+    rows = dense_weights(plan, name)
+    _, group = np.unique(rows.round(12), axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    mass = np.bincount(group, weights=plan.shares)
+    least_noise_first = np.argsort(plan.variance, kind="stable")
+
+    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
+        present = least_noise_first[np.asarray(arrived)[least_noise_first] > 0]
+        groups, first = np.unique(group[present], return_index=True)
+        coefficients = np.zeros(len(group))
+        if all_or_nothing and len(groups) < len(mass):
+            return coefficients
+        chosen = present[first]
+        coefficients[chosen] = mass[groups] / np.asarray(arrived)[chosen]
+        return coefficients
+
+    return rule
+
+
+def _least_squares(plan: Plan) -> Rule:
+    """w = argmin ||W_S^T w - s||, the shortest one if there are several (Glasgow and Wootters' decoding)."""
+    return _solver(plan, "least_squares", must_be_exact=False)
+
+
+def _exact(plan: Plan) -> Rule:
+    """w with W_S^T w = s, the shortest one; if there is none the round decodes to zero (Tandon et al.)."""
+    return _solver(plan, "exact", must_be_exact=True)
+
+
+def _solver(plan: Plan, name: str, *, must_be_exact: bool) -> Rule:
+    rows = dense_weights(plan, name)
+    mass = np.abs(rows).sum(axis=1)
+    target = plan.target.T  # [C, parts]
+    usable = mass > 0
+
+    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
+        coefficients = np.zeros((target.shape[1], len(rows)))
+        present = np.flatnonzero((arrived > 0) & usable)
+        if present.size:
+            system = rows[present].T
+            found = np.linalg.lstsq(system, target, rcond=1e-12)[0]
+            missed = float(np.abs(system @ found - target).max())
+            if not must_be_exact or missed <= _EXACT * float(target.max()):
+                coefficients[:, present] = found.T * mass[present] / np.asarray(arrived)[present]
+        return coefficients if plan.parts > 1 else coefficients[0]
+
+    return rule
+
+
+BASELINE_RULES: dict[str, Callable[[Plan], Rule]] = {
+    "homogeneous": _homogeneous,
+    "arrival_count": _arrival_count,
+    "one_per_group": _one_per_group,
+    "one_of_every_group": _one_of_every_group,
+    "least_squares": _least_squares,
+    "exact": _exact,
+}
