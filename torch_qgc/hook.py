@@ -239,11 +239,11 @@ class QGCState:
             )
         try:
             return self._take_bucket(bucket)
-        except QGCError as error:
-            self._fault(error)
-            raise
         except Exception as error:
-            self._fault(error)
+            if self._worker is not None:
+                self._worker.send_fault(self.step, repr(error))
+            if isinstance(error, QGCError):
+                raise
             raise QGCError(f"worker {self.rank}, step {self.step}: the hook failed: {error!r}") from error
 
     def _take_bucket(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
@@ -370,10 +370,6 @@ class QGCState:
         if every and self.step % every == 0 and self.step > self._hashed_step:
             self._hashed_step = self.step
             self._joined().send_hash(self.step, self.layout.parameter_digest())
-
-    def _fault(self, error: Exception) -> None:
-        if self._worker is not None:
-            self._worker.send_fault(self.step, repr(error))
 
     def _handles(self) -> tuple[Worker | None, list[AggregatorProcess]]:
         return self._worker, self._children
