@@ -55,6 +55,16 @@ def test_bursts_of_absence_are_weighted_without_bias_once_learned(prior: float) 
     assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 12 / 3000
 
 
+def test_a_prior_that_expects_too_little_is_soon_forgotten() -> None:
+    """A plan may take a worker for almost always late, and be wrong: weights of 12 must not survive the first steps."""
+    rates = ArrivalRates(np.array([0.08]), 1)
+    assert rates.rates(0)[0] == pytest.approx(0.08)
+    for _ in range(10):
+        rates.update(0, np.array([0]), np.array([True]))
+        rates.update(0, np.array([1]), np.array([True]))
+    assert rates.rates(0)[0] == pytest.approx(0.5, rel=0.3)
+
+
 def test_an_averaged_frequency_would_be_biased() -> None:
     """Why the mean gap is estimated: the obvious estimate, 1 / EMA(arrived), fails the very same test."""
     rng = np.random.default_rng(3)

@@ -21,30 +21,31 @@ __all__ = ["ArrivalRates"]
 class ArrivalRates:
     """Mean rounds between contributions, per worker and chunk.
 
-    The first gaps are averaged with the plan's prior, later ones by an exponential average.
+    The first gaps are averaged with the plan's prior, later ones by an exponential average. The prior counts as rounds
+    that were watched, so that a worker of which the plan expects little is believed after its first contributions.
 
     Args:
         prior_rates: [K] expected contributions per round, in (0, 1], from the plan: 1 - p_k. A worker with
             rate 0 keeps coefficient 0 until it has contributed.
         chunks: number of chunks C that are tracked separately (early chunks may arrive where late ones miss).
-        prior_weight: how many contributions the prior is worth (more: slower to learn, steadier).
+        prior_rounds: how many rounds the prior is worth (more: slower to learn, steadier).
         memory: contributions over which the average forgets (more: steadier, slower to follow a change).
     """
 
     def __init__(
-        self, prior_rates: NDArray[np.float64], chunks: int, *, prior_weight: float = 8.0, memory: float = 128.0
+        self, prior_rates: NDArray[np.float64], chunks: int, *, prior_rounds: float = 8.0, memory: float = 128.0
     ) -> None:
         rates = np.asarray(prior_rates, dtype=np.float64)
         if rates.ndim != 1 or not np.all((rates >= 0) & (rates <= 1)):
             raise PlanError(f"prior_rates: expected [K] values in [0, 1], got {prior_rates!r}")
-        if prior_weight < 0 or memory < 1:
-            raise PlanError(f"expected prior_weight >= 0 and memory >= 1, got {prior_weight} and {memory}")
+        if prior_rounds < 0 or memory < 1:
+            raise PlanError(f"expected prior_rounds >= 0 and memory >= 1, got {prior_rounds} and {memory}")
         with np.errstate(divide="ignore"):
             prior_gap = np.where(rates > 0, 1.0 / rates, np.inf)
         self.mean_gap = np.repeat(prior_gap[:, None], chunks, axis=1)  # [K, C] rounds
         self._open_gap = np.zeros_like(self.mean_gap)  # rounds since the last contribution
         self._seen = np.zeros_like(self.mean_gap)  # contributions so far
-        self._prior_weight = prior_weight
+        self._prior_contributions = prior_rounds * rates  # [K]
         self._memory = memory
 
     def rates(self, chunk: int) -> NDArray[np.float64]:
@@ -67,5 +68,5 @@ class ArrivalRates:
         if not np.isfinite(mean):
             self.mean_gap[k, chunk] = gap
             return
-        weight = max(1.0 / (self._prior_weight + self._seen[k, chunk]), 1.0 / self._memory)
+        weight = max(1.0 / (self._prior_contributions[k] + self._seen[k, chunk]), 1.0 / self._memory)
         self.mean_gap[k, chunk] = mean + weight * (gap - mean)
