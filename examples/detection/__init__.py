@@ -1,0 +1,1 @@
+"""The parts of the detection demo that are not specific to distributed training."""

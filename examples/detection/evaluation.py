@@ -1,0 +1,76 @@
+"""Validation loss and COCO average precision of a trained detector."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from detection.data import CocoImages, collate
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, data: CocoImages, *, images: int, batch_size: int = 16) -> float:
+    """Return the mean loss per image over the first `images` of the data, with fixed batch statistics.
+
+    The same images, whatever a job trained on: a job that ignores a worker's data pays for it here.
+    """
+    model.train()  # torchvision's detectors compute losses in training only
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    part = Subset(data, range(min(images, len(data))))
+    total = 0.0
+    for batch, targets in DataLoader(part, batch_size=batch_size, collate_fn=collate):
+        total += float(sum(model(batch, targets).values())) * len(batch)
+    return total / len(part)
+
+
+@torch.no_grad()
+def detect(model: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """Return torchvision's detections, one dictionary of boxes, labels and scores per image."""
+    model.eval()
+    return model(list(images))
+
+
+def coco_results(model: nn.Module, data: CocoImages, *, batch_size: int = 16) -> list[dict[str, Any]]:
+    """Run the model over the data; return its detections in COCO's result format."""
+    results = []
+    for images, targets in DataLoader(data, batch_size=batch_size, collate_fn=collate):
+        for target, found in zip(targets, detect(model, images)):
+            results.extend(_coco_records(int(target["image_id"]), found, data.category_ids))
+    return results
+
+
+def _coco_records(image_id: int, found: dict[str, Tensor], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    corners = found["boxes"]
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+    for box, label, score in zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist()):
+        yield {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+
+
+def ap50(data: CocoImages, results: Sequence[dict[str, Any]], labels: Sequence[int] | None = None) -> float:
+    """Return COCO's average precision at IoU 0.5: the mean over labels (1..C), all of them by default.
+
+    Labels that do not occur in the data do not count; nan where none does.
+    """
+    chosen = range(1, len(data.category_ids) + 1) if labels is None else labels
+    if not chosen:
+        return float("nan")
+    if not results:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress by print
+        evaluation = COCOeval(data.coco, data.coco.loadRes(list(results)), "bbox")
+        evaluation.params.catIds = [data.category_ids[label - 1] for label in chosen]
+        evaluation.params.imgIds = list(data.image_ids)
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][0, :, :, 0, -1]  # [recall, label]: boxes of all sizes
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else float("nan")

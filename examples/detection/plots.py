@@ -1,0 +1,71 @@
+"""The demo's two figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+from detection.data import CocoImages
+from detection.evaluation import detect
+from detection.report import Outcome
+
+# Okabe and Ito's, told apart by colour-blind readers, too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+SHOWN_SCORE = 0.3
+
+
+def loss_vs_time(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Draw every job's validation loss against seconds and against steps."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_time, by_step = figure.subplots(1, 2, sharey=True)
+    for outcome, colour in zip(outcomes, COLOURS):
+        steps, times_s, losses = zip(*outcome.curve)
+        by_time.plot(times_s, losses, "o-", markersize=3, color=colour, label=outcome.title)
+        by_step.plot(steps, losses, "o-", markersize=3, color=colour)
+    by_time.set(xlabel="seconds", ylabel="validation loss", xlim=(0, None))
+    by_step.set(xlabel="steps", xlim=(0, None))
+    for axes in (by_time, by_step):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_time.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def detections(models: Mapping[str, nn.Module], data: CocoImages, path: Path, *, count: int) -> None:
+    """Draw the first images of the data: a row per image, the people's boxes first, then each model's."""
+    items = [data[index] for index in range(min(count, len(data)))]
+    images = [image for image, _ in items]
+    columns = {"true": [target for _, target in items]}
+    columns |= {title: [_confident(found) for found in detect(model, images)] for title, model in models.items()}
+    figure = Figure(figsize=(2.6 * len(columns), 2.6 * len(items) + 0.3), layout="constrained")
+    grid = figure.subplots(len(items), len(columns), squeeze=False)
+    for column, (title, all_found) in enumerate(columns.items()):
+        colour = "white" if column == 0 else COLOURS[(column - 1) % len(COLOURS)]
+        grid[0, column].set_title(title, fontsize=9)
+        for axes, image, found in zip(grid[:, column], images, all_found):
+            axes.imshow(image.permute(1, 2, 0).numpy())
+            axes.axis("off")
+            _draw_boxes(axes, found, data.categories, colour)
+    figure.savefig(path, dpi=120)
+
+
+def _confident(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kept = found["scores"] >= SHOWN_SCORE
+    return {key: values[kept] for key, values in found.items()}
+
+
+def _draw_boxes(axes: Axes, found: Mapping[str, Tensor], names: Sequence[str], colour: str) -> None:
+    for (x0, y0, x1, y1), label in zip(found["boxes"].tolist(), found["labels"].tolist()):
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
+        axes.text(
+            x0,
+            y0,
+            names[label - 1],
+            fontsize=7,
+            color="black",
+            verticalalignment="bottom",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
+        )
