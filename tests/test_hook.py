@@ -302,14 +302,14 @@ def buffers_job(rank: int) -> tuple[list[str], list[float], bool]:
     statistics = ddp.module[1].running_mean
     statistics.fill_(float(rank))
     state.sync_buffers()
-    return [str(w.message) for w in caught], statistics.unique().tolist(), ddp.broadcast_buffers
+    return [str(w.message) for w in caught], statistics.unique().tolist(), ddp.will_sync_module_buffers()
 
 
 def test_broadcast_buffers_is_switched_off_with_a_notice_and_sync_buffers_averages() -> None:
-    for notices, mean, broadcast in run_ranks(buffers_job, ranks=2):
+    for notices, mean, syncs in run_ranks(buffers_job, ranks=2):
         assert any("broadcast_buffers" in notice and "sync_buffers()" in notice for notice in notices)
         assert mean == [0.5]
-        assert not broadcast
+        assert not syncs
 
 
 def refusals(rank: int) -> dict[str, str]:
