@@ -155,7 +155,7 @@ def main(
             parts[name].append(measured["parts"])
             sent[name] = measured["bytes_sent"]
     hardware = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
-    command = f"python benchmarks/step_time.py --steps {steps} --rounds {rounds} --workers {workers}"
+    command = f"python benchmarks/step_time.py --steps {steps} --rounds {rounds} --workers {workers} --jobs {jobs}"
     table = Table("job", "step, ms (median of turns)", "range", "ratio to ddp (median)", "range", "MiB sent per step")
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / "step_time.csv", "w", newline="") as file:

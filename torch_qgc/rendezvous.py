@@ -56,7 +56,8 @@ def check_model(model: Any) -> DistributedDataParallel:
         warnings.warn(
             "QGCState switched off DDP's broadcast_buffers: it makes every rank wait for rank 0 in each forward pass. "
             "Buffers such as BatchNorm's statistics now differ between ranks; state.sync_buffers() averages them "
-            "before you evaluate. DDP(broadcast_buffers=False) silences this notice.",
+            "before you evaluate. DDP(broadcast_buffers=False), or forward_sync_buffers=False where torch has it, "
+            "silences this notice.",
             stacklevel=3,
         )
     return model

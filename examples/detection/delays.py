@@ -9,7 +9,7 @@ from torch_qgc.planner.delays import ShiftedExponential
 # Seconds before a worker begins a step: at least SHIFT_S, and an exponential wait of mean WAIT_S on top. The
 # last worker is the slow one; it is on time now and then.
 SHIFT_S = np.array([0.00, 0.01, 0.02, 0.10])
-WAIT_S = np.array([0.01, 0.02, 0.02, 0.35])
+WAIT_S = np.array([0.01, 0.02, 0.02, 0.70])
 SLOW_WORKER = 3
 
 
