@@ -110,7 +110,7 @@ class QGCState:
         self._flat: FlatGradient | None = None
         self._endpoints, self._children = start_aggregators(self.process_group, aggregators, network)
         self._prehook = self.model.register_forward_pre_hook(_begin_step(weakref.ref(self)))
-        self._closer = weakref.finalize(self, _close, self._handles())  # also at interpreter exit
+        self._closer = weakref.finalize(self, _close, (self._worker, self._children))  # also at interpreter exit
 
     # --- the user's side --------------------------------------------------------------------------------
 
@@ -361,7 +361,7 @@ class QGCState:
                 silence_s=limits.silence_s,
             )
             self._closer.detach()
-            self._closer = weakref.finalize(self, _close, self._handles())
+            self._closer = weakref.finalize(self, _close, (self._worker, self._children))
             self._worker.join(limits.join_timeout_s)
         return self._worker
 
@@ -370,9 +370,6 @@ class QGCState:
         if every and self.step % every == 0 and self.step > self._hashed_step:
             self._hashed_step = self.step
             self._joined().send_hash(self.step, self.layout.parameter_digest())
-
-    def _handles(self) -> tuple[Worker | None, list[AggregatorProcess]]:
-        return self._worker, self._children
 
 
 def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
