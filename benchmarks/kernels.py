@@ -10,6 +10,7 @@ device.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.metadata
 import platform
 import statistics
@@ -65,10 +66,14 @@ def codec(values: torch.Tensor) -> list[Subject]:
         }
         subjects += [Subject(name, run, wire) for name, run in runs.items()]
     eight, ones = [encode(values, 4, key=(1, k)) for k in range(8)], [0.5] * 8
-    name = "decode: torch_qgc 4 bits, 8 payloads, two tracks, per payload"
     wire = 8 * payload_bytes(values.numel(), 4) / values.numel()
-    fused = lambda: decode_sum(eight, ones, out, second_coefficients=ones, second_out=second)  # noqa: E731
-    return [*subjects, Subject(name, fused, wire, per=8)]
+    for end, accumulate in (("accumulate", True), ("overwrite", False)):  # an aggregator overwrites
+        name = f"decode: torch_qgc 4 bits, 8 payloads, two tracks, per payload, {end}"
+        fused = functools.partial(
+            decode_sum, eight, ones, out, second_coefficients=ones, second_out=second, accumulate=accumulate
+        )
+        subjects.append(Subject(name, fused, wire, per=8))
+    return subjects
 
 
 def plain(values: torch.Tensor) -> list[Subject]:
@@ -217,6 +222,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     save: Annotated[bool, typer.Option(help="write CSV and plot to benchmarks/results")] = True,
+    name: Annotated[str, typer.Option(help="of those files")] = "kernels",
 ) -> None:
     """Time the codec against memcpy and other libraries."""
     torch.set_num_threads(threads)
@@ -226,8 +232,8 @@ def main(
     subjects = gather(values, console)
     times = measure(subjects, rounds, place)
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {report()['cpu']}"
-    hardware = f"{name}, torch {torch.__version__}, {threads} thread(s), {mebibytes} MiB fp32"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {report()['cpu']}"
+    hardware = f"{machine}, torch {torch.__version__}, {threads} thread(s), {mebibytes} MiB fp32"
     command = "python benchmarks/kernels.py " + " ".join(sys.argv[1:])
     table = Table(title=f"time relative to {FLOOR}\n{hardware}")
     for column in ("subject", "bits sent", "median", "quartiles", "ms"):
@@ -244,7 +250,7 @@ def main(
     if not save:
         return
     RESULTS.mkdir(exist_ok=True)
-    stem = "kernels" if device == "cpu" else f"kernels_{device}"
+    stem = name if device == "cpu" else f"{name}_{device}"
     with (RESULTS / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["subject", "bits_sent", "round", "seconds", "ratio_to_memcpy", "hardware", "command"])

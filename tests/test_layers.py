@@ -17,7 +17,9 @@ LAYERS = [
     ["strategy", "simulator"],
     ["optim"],
     ["hook"],
-    ["data", "rendezvous", "report", "settings"],
+    ["steps"],
+    ["exchange", "update"],
+    ["checkpoint", "data", "rendezvous", "report", "settings"],
     ["gradients", "serve"],
     ["worker", "aggregator", "layout"],
     ["decoder", "resultlog", "roster", "rounds"],
@@ -72,9 +74,23 @@ def test_planner_knows_nothing_about_torch() -> None:
             assert not any(name.split(".")[0] == "torch" for name in names), path
 
 
+@pytest.mark.parametrize("module", ["serve", "planner", "schemes", "cli.app"])
+def test_aggregator_and_planner_run_without_torch(module: str) -> None:
+    code = f"import sys, torch_qgc.{module}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in torch_qgc.__all__:
+        assert name in dir(torch_qgc)
+        assert getattr(torch_qgc, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = torch_qgc.missing
+
+
 def test_import_is_light() -> None:
     code = (
-        "import torch, sys; before = set(sys.modules); import torch_qgc; "
+        "import torch, sys; before = set(sys.modules); from torch_qgc import *; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
         "print(sorted(new & {'lightning', 'triton', 'matplotlib', 'typer', 'rich', 'torchvision', 'pycocotools'}))"
     )

@@ -15,7 +15,8 @@ import numpy as np
 from torch_qgc import wire
 from torch_qgc.decoder import Arrival, RoundDecoder
 from torch_qgc.errors import CodecError, PlanError, ProtocolError
-from torch_qgc.kernels import Encoded, payload_bytes
+from torch_qgc.kernels import payload_bytes
+from torch_qgc.kernels.buffers import Payload
 from torch_qgc.planner import Plan
 from torch_qgc.planner.rates import ArrivalRates
 from torch_qgc.resultlog import ResultLog
@@ -32,15 +33,16 @@ class Aggregator:
 
     Args:
         index, count: which aggregator of how many this is.
+        threads: how many may decode.
         ping_interval_s: how often live workers are pinged (a failed ping is how a death is noticed).
     """
 
-    def __init__(self, index: int = 0, count: int = 1, *, ping_interval_s: float = 0.5) -> None:
+    def __init__(self, index: int = 0, count: int = 1, *, threads: int = 1, ping_interval_s: float = 0.5) -> None:
         self.index, self.count = index, count
         self.outbox: list[tuple[bytes, list[Frame]]] = []
         self.failed: str | None = None
         self.stats: Counter[str] = Counter()
-        self._ping_interval_s = ping_interval_s
+        self._threads, self._ping_interval_s = threads, ping_interval_s
         self._next_ping_at = 0.0
         self._waiting_hellos: dict[bytes, wire.Hello] = {}
         self._roster: Roster | None = None  # set with all below once worker 0 has said what the job is
@@ -163,7 +165,7 @@ class Aggregator:
         )
         self._chunks = list(range(self.index, spec.chunks, self.count))
         self._log = ResultLog(spec, self._chunks)
-        self._decoder = RoundDecoder(spec, plan)
+        self._decoder = RoundDecoder(spec, plan, self._threads)
         self._rates = ArrivalRates(1.0 - plan.straggle_probs, spec.chunks)
         self._rounds = {c: Round[Arrival](spec.first_step, c, self._rule) for c in self._chunks}
         self._last_push = np.full((spec.workers, spec.chunks), -1, dtype=np.int64)
@@ -234,8 +236,8 @@ class Aggregator:
                 self.stats["dropped"] += 1
                 return
             self.stats["folded"] += 1
-        payload = Encoded.from_buffer(rest[0], numel, push.bits)
-        self._rounds[push.chunk].add(worker, push.step, Arrival(worker, push.step, payload))
+        arrival = Arrival(worker, push.step, Payload(rest[0], numel, push.bits))
+        self._rounds[push.chunk].add(worker, push.step, arrival)
 
     def _open_step(self, chunk: int) -> int:
         if chunk not in self._rounds:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode
+from torch_qgc.kernels import derive_key
+from torch_qgc.kernels.buffers import Payload, decode_sum, encode
 from torch_qgc.planner import Plan
 from torch_qgc.wire import JobSpec
 
@@ -22,14 +22,14 @@ class Arrival:
 
     worker: int
     made_for: int
-    payload: Encoded
+    payload: Payload
 
 
 class RoundDecoder:
-    """Decode both tracks in one pass, and encode the result for the way down."""
+    """Decode both tracks in one pass, and encode the result for the way down; without torch, on so many threads."""
 
-    def __init__(self, spec: JobSpec, plan: Plan) -> None:
-        self._spec, self._plan = spec, plan
+    def __init__(self, spec: JobSpec, plan: Plan, threads: int = 1) -> None:
+        self._spec, self._plan, self._threads = spec, plan, threads
 
     def close(
         self,
@@ -54,7 +54,7 @@ class RoundDecoder:
         rates = rates * max(float(self._plan.shares[alive].sum()), 1e-9)
         first = self._plan.coefficients(counts, rates=rates)
         offset, numel = self._spec.chunk_span(chunk)
-        out = torch.empty(numel)
+        out = np.empty(numel, dtype=np.float32)
         tracks = [out]
         per_payload = [float(first[a.worker]) for a in arrivals]
         second_out = per_payload_second = None
@@ -62,7 +62,7 @@ class RoundDecoder:
             second = self._plan.second_coefficients(counts, rates=rates)
             assert second is not None  # the spec asks for two tracks only if the plan has them
             per_payload_second = [float(second[a.worker]) for a in arrivals]
-            second_out = torch.empty(numel)
+            second_out = np.empty(numel, dtype=np.float32)
             tracks.append(second_out)
         decode_sum(
             [a.payload for a in arrivals],
@@ -71,11 +71,13 @@ class RoundDecoder:
             second_coefficients=per_payload_second,
             second_out=second_out,
             accumulate=False,
+            threads=self._threads,
         )
         frames = []
         for track, values in enumerate(tracks):
             # The aggregator draws as worker number K, so its dither is independent of every worker's.
             key = derive_key(self._spec.seed, step, self._spec.workers, track)
-            encoded = encode(values, self._spec.downlink_bits, key=key, norm=self._plan.norm, offset=offset)
-            frames.append(memoryview(encoded.to_buffer()))
+            bits, norm = self._spec.downlink_bits, self._plan.norm
+            encoded = encode(values, bits, key=key, norm=norm, offset=offset, threads=self._threads)
+            frames.append(memoryview(encoded.buffer))
         return counts, frames

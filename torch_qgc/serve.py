@@ -79,13 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     stopping = _stop_signals(ignore_interrupt=options.child)
-
-    import torch
-
-    torch.set_num_threads(options.threads)
     transport = ZmqServer(options.bind, max_message_bytes=options.max_message_mib << 20)
     print(f"{READY}{transport.endpoint}", flush=True)
-    aggregator = Aggregator(options.index, options.count)
+    aggregator = Aggregator(options.index, options.count, threads=options.threads)
     try:
         serve(aggregator, transport, MonotonicClock(), stop=lambda: stopping() or (options.child and _orphaned()))
         if not aggregator.finished:

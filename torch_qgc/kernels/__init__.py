@@ -4,20 +4,20 @@
     decode_sum([encoded, ...], coefficients, out)
 
 `reference.py` is the definition in plain torch; `codec.cpp` (CPU) and `gpu.py` (CUDA) equal it bit for bit.
-Every argument is checked here, once. Format and reasons: docs/kernels.md.
+Arguments are checked once: in `tensors.py`, and in `buffers.py` for those who have bytes and no torch. Names that need
+torch are imported when they are first asked for. Format and reasons: docs/kernels.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .format import BLOCK, PASS_THROUGH, derive_key, payload_bytes
 
-from torch_qgc.errors import CodecError
-
-from . import ops
-from .format import BLOCK, PASS_THROUGH, Encoded, check_bits, derive_key, payload_bytes
+if TYPE_CHECKING:
+    from .encoded import Encoded
+    from .tensors import decode_sum, encode, report
 
 __all__ = [
     "BLOCK",
@@ -30,114 +30,10 @@ __all__ = [
     "report",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WITH_TORCH = {"Encoded": "encoded", "decode_sum": "tensors", "encode": "tensors", "report": "tensors"}
 
 
-def encode(
-    values: torch.Tensor,
-    bits: int,
-    *,
-    key: tuple[int, int],
-    norm: Literal["max", "l2"] = "max",
-    offset: int = 0,
-) -> Encoded:
-    """Round values stochastically to `bits` bits per coordinate, unbiased given the values.
-
-    Args:
-        values: fp32, bf16 or fp16 of any shape, taken as flat [n]; copied first if not contiguous.
-        bits: 2..16; 1 for the stochastic sign; 32 for plain fp32.
-        key: from `derive_key`: a different one for each step and worker.
-        norm: a block's scale: its largest magnitude, or its L2 norm as in Song & Choi (noisier at equal
-            bits).
-        offset: where the slice begins in the flat gradient, a multiple of 512, so that draws do not depend on
-            how the gradient is cut.
-    Returns:
-        The payload in one buffer on the values' device. A block that holds an inf or NaN decodes to NaN.
-    Raises:
-        CodecError: dtype, bits, norm, key or offset outside of that.
-    """
-    if values.dtype not in _DTYPES:
-        raise CodecError(f"values: expected float32, bfloat16 or float16, got {values.dtype}: use .float()")
-    if norm not in ("max", "l2"):
-        raise CodecError(f"norm: expected 'max' or 'l2', got {norm!r}: choose one of these")
-    if offset < 0 or offset % BLOCK:
-        raise CodecError(f"offset: expected a multiple of {BLOCK}, got {offset}: cut slices at whole blocks")
-    if len(key) != 2 or not all(0 <= word < 1 << 32 for word in key):
-        raise CodecError(f"key: expected two words of 32 bits, got {key}: make it with derive_key")
-    check_bits(bits)
-    flat = values.detach().reshape(-1)
-    buffer, statistics = torch.ops.torch_qgc.encode(flat, bits, *key, norm == "l2", offset // BLOCK)
-    return Encoded(buffer, flat.numel(), bits, statistics)
-
-
-def decode_sum(
-    payloads: Sequence[Encoded],
-    coefficients: Sequence[float],
-    out: torch.Tensor,
-    *,
-    second_coefficients: Sequence[float] | None = None,
-    second_out: torch.Tensor | None = None,
-    accumulate: bool = True,
-) -> None:
-    """Add  sum_k c_k Q_k  to `out`, and optionally a second such sum to `second_out`, in one pass.
-
-    Each term is  float32(code) * (c * (scale / L)), one rounding per operation, added in payload order: every
-    machine gets the same bits.
-
-    Args:
-        payloads: K encoded slices of n coordinates, of any mix of bits.
-        coefficients: [K], rounded to fp32.
-        out: fp32 [n], contiguous.
-        second_coefficients, second_out: both or neither, like the first.
-        accumulate: add to what `out` holds; else overwrite it.
-    Raises:
-        CodecError: lengths, dtype, strides or devices that do not fit; nothing has been written then.
-    """
-    _check_track("out", out, coefficients, payloads)
-    if second_out is not None and second_coefficients is not None:
-        _check_track("second_out", second_out, second_coefficients, payloads)
-    elif second_out is not None or second_coefficients is not None:
-        raise CodecError("second track: expected coefficients and out, got one of them: give both or neither")
-    _check_payloads(payloads, out)
-    torch.ops.torch_qgc.decode_sum(
-        [payload.buffer for payload in payloads],
-        [payload.bits for payload in payloads],
-        coefficients,
-        out,
-        second_coefficients,
-        second_out,
-        accumulate,
-    )
-
-
-def report() -> dict[str, str]:
-    """Say for each kind of device which kernels run there, and why not faster ones."""
-    return ops.describe()
-
-
-def _check_track(name: str, out: torch.Tensor, coefficients: Sequence[float], payloads: Sequence[Encoded]) -> None:
-    if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous():
-        raise CodecError(
-            f"{name}: expected contiguous float32 of one dimension, got {out.dtype} {list(out.shape)} with "
-            f"strides {list(out.stride())}: decode into a fresh tensor and copy"
-        )
-    if len(coefficients) != len(payloads):
-        raise CodecError(
-            f"{name}: expected {len(payloads)} coefficients, one per payload, got {len(coefficients)}: "
-            "drop or add coefficients"
-        )
-
-
-def _check_payloads(payloads: Sequence[Encoded], out: torch.Tensor) -> None:
-    for k, payload in enumerate(payloads):
-        expected, got = payload_bytes(payload.numel, payload.bits), payload.buffer.numel()
-        if payload.numel != out.numel() or payload.buffer.device != out.device:
-            raise CodecError(
-                f"payload {k}: expected {out.numel()} coordinates on {out.device} as in out, got "
-                f"{payload.numel} on {payload.buffer.device}: decode slice by slice, on one device"
-            )
-        if got != expected or payload.buffer.dtype != torch.uint8 or not payload.buffer.is_contiguous():
-            raise CodecError(
-                f"payload {k}: expected {expected} contiguous bytes for {payload.numel} coordinates at "
-                f"{payload.bits} bits, got {got} of {payload.buffer.dtype}: build it with Encoded.from_buffer"
-            )
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

@@ -1,4 +1,5 @@
-// Decoding: a weighted sum of payloads, added to one or two tracks of fp32.
+// Decoding: a weighted sum of payloads, added to one or two tracks of fp32. Rows are taken in their order, a few at a
+// time: then the hardware prefetches by itself, and better than by hand.
 #pragma once
 
 #include "lanes.h"
@@ -6,11 +7,6 @@
 namespace qgc {
 
 constexpr int kRun = 8;    // payloads whose words are kept at hand while sums stay in registers
-constexpr int kAhead = 4;  // blocks to prefetch ahead
-
-INLINE void prefetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
 
 struct DecodeJob {
   int payloads;
@@ -35,12 +31,31 @@ struct Run {
   float step[kRun], second_step[kRun];
 };
 
+// What the codes of field f of each word stand for, in units of `step`: float(code) * step. A vector of 16 holds the
+// products of all 4-bit codes, so that looking one up replaces extracting it, converting it and multiplying.
+template <int W, int FIELD> struct Products {
+  using F = typename Vec<W>::F;
+  using I = typename Vec<W>::I;
+  using U = typename Vec<W>::U;
+  static constexpr bool kTable = FIELD == 4 && W == 16;
+  F of;
+
+  INLINE explicit Products(float step) {
+    if constexpr (kTable) of = F{0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1} * step;
+    else of = F{} + step;
+  }
+  INLINE F operator()(U word, int f) const {
+    if constexpr (kTable) return __builtin_shuffle(of, (I)(word >> FIELD * f));
+    else return __builtin_convertvector(signed_field<FIELD>(word, f), F) * of;
+  }
+};
+
 // out[i] += code[i] * step for each payload in order, and the second track alike. The last plane is the sign: reading
-// it again extends it. Sums stay in registers for all payloads of the run.
-template <int W, int FIELD, bool TWO> INLINE void add_run(const Run& run, char* out, char* second_out) {
+// it again extends it. Sums stay in registers for all payloads of the run. Fresh ones begin at zero.
+template <int W, int FIELD, bool TWO> INLINE void add_run(const Run& run, bool fresh, char* out, char* second_out) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
-  constexpr int kFields = 32 / FIELD, kHeld = std::min(kFields, W == 16 ? 8 : 4);
+  constexpr int kHeld = 4, kStride = 4 * kColumns;
   for (int column = 0; column < kColumns; column += W) {
     U words[kRun][FIELD];
     for (int p = 0; p < run.count; ++p) {
@@ -50,33 +65,25 @@ template <int W, int FIELD, bool TWO> INLINE void add_run(const Run& run, char* 
       transpose<FIELD>(planes);
       UNROLL for (int j = 0; j < FIELD; ++j) words[p][j] = planes[j];
     }
-    for (int k = 0; k < FIELD; ++k) {
-      UNROLL for (int field = 0; field < kFields; field += kHeld) {
-        const int first = 4 * ((FIELD * field + k) * kColumns + column);
-        char* at = out + first;
-        char* second_at = TWO ? second_out + first : nullptr;
-        constexpr int kStride = 4 * FIELD * kColumns;
-        F sum[kHeld], second_sum[kHeld];
+    UNROLL for (int first = 0; first < kRows; first += kHeld) {
+      char* at = out + 4 * column + first * kStride;
+      char* second_at = TWO ? second_out + 4 * column + first * kStride : nullptr;
+      F sum[kHeld], second_sum[kHeld];
+      UNROLL for (int i = 0; i < kHeld; ++i) {
+        sum[i] = fresh ? F{} : load<F>(at + i * kStride);
+        if constexpr (TWO) second_sum[i] = fresh ? F{} : load<F>(second_at + i * kStride);
+      }
+      for (int p = 0; p < run.count; ++p) {
+        const Products<W, FIELD> first_of(run.step[p]), second_of(TWO ? run.second_step[p] : 0.0f);
         UNROLL for (int i = 0; i < kHeld; ++i) {
-          sum[i] = load<F>(at + i * kStride);
-          if constexpr (TWO) second_sum[i] = load<F>(second_at + i * kStride);
-          if (run.count > 1) {
-            __builtin_prefetch(at + i * kStride + 4 * kBlock);
-            if constexpr (TWO) __builtin_prefetch(second_at + i * kStride + 4 * kBlock);
-          }
+          const U word = words[p][(first + i) % FIELD];
+          sum[i] += first_of(word, (first + i) / FIELD);
+          if constexpr (TWO) second_sum[i] += second_of(word, (first + i) / FIELD);
         }
-        for (int p = 0; p < run.count; ++p) {
-          const U word = words[p][k];
-          UNROLL for (int i = 0; i < kHeld; ++i) {
-            const F code = __builtin_convertvector(signed_field<FIELD>(word, field + i), F);
-            sum[i] += code * run.step[p];
-            if constexpr (TWO) second_sum[i] += code * run.second_step[p];
-          }
-        }
-        UNROLL for (int i = 0; i < kHeld; ++i) {
-          store(at + i * kStride, sum[i]);
-          if constexpr (TWO) store(second_at + i * kStride, second_sum[i]);
-        }
+      }
+      UNROLL for (int i = 0; i < kHeld; ++i) {
+        store(at + i * kStride, sum[i]);
+        if constexpr (TWO) store(second_at + i * kStride, second_sum[i]);
       }
     }
   }
@@ -101,7 +108,6 @@ template <int W, bool TWO> struct Decoder {
     const int bits = job.bits[p];
     const int64_t bytes = (int64_t)bits * kColumns * 4;
     const char* planes = job.payload[p] + 4 * blocks + block * bytes;
-    prefetch(planes + kAhead * bytes, bytes);
     const float levels = bits == 1 ? 1.0f : (float)((1 << (bits - 1)) - 1);
     const float unit = load<float>(job.payload[p] + 4 * block) / levels;
     run.planes[run.count] = planes;
@@ -111,9 +117,16 @@ template <int W, bool TWO> struct Decoder {
     ++run.count;
   }
 
+  INLINE static void clear(char* out, char* second) {
+    std::memset(out, 0, 4 * kBlock);
+    if (TWO) std::memset(second, 0, 4 * kBlock);
+  }
+
   INLINE void add_payloads(int64_t block, int64_t bytes, char* out, char* second) const {
-    for (int p = 0; p < job.payloads;) {
+    bool fresh = !job.accumulate;
+    for (int p = 0; p < job.payloads; fresh = false) {
       if (job.bits[p] == kPassThrough) {
+        if (fresh) clear(out, second);
         const float c = job.coefficients[p], c2 = TWO ? job.second_coefficients[p] : 0.0f;
         add_plain<TWO>(job.payload[p] + 4 * block * kBlock, bytes, c, c2, out, second);
         ++p;
@@ -122,11 +135,12 @@ template <int W, bool TWO> struct Decoder {
       const int width = field_bits(job.bits[p]);
       Run run;
       for (; p < job.payloads && run.count < kRun && field_bits(job.bits[p]) == width; ++p) join(run, p, block);
-      if (width == 1) add_run<W, 1, TWO>(run, out, second);
-      if (width == 4) add_run<W, 4, TWO>(run, out, second);
-      if (width == 8) add_run<W, 8, TWO>(run, out, second);
-      if (width == 16) add_run<W, 16, TWO>(run, out, second);
+      if (width == 1) add_run<W, 1, TWO>(run, fresh, out, second);
+      if (width == 4) add_run<W, 4, TWO>(run, fresh, out, second);
+      if (width == 8) add_run<W, 8, TWO>(run, fresh, out, second);
+      if (width == 16) add_run<W, 16, TWO>(run, fresh, out, second);
     }
+    if (fresh) clear(out, second);
   }
 
   INLINE void run(int64_t begin, int64_t end) const {
@@ -137,16 +151,9 @@ template <int W, bool TWO> struct Decoder {
       const bool partial = bytes < 4 * kBlock;
       char* out = partial ? room[0] : job.out + at;
       char* second = !TWO ? nullptr : partial ? room[1] : job.second_out + at;
-      if (!job.accumulate) {
-        std::memset(out, 0, 4 * kBlock);
-        if (TWO) std::memset(second, 0, 4 * kBlock);
-      } else if (partial) {
+      if (partial && job.accumulate) {
         std::memcpy(out, job.out + at, bytes);
         if (TWO) std::memcpy(second, job.second_out + at, bytes);
-      }
-      if (job.payloads == 1) {  // with several there is time enough to do it row by row, in add_run
-        prefetch(job.out + at + kAhead * 4 * kBlock, 4 * kBlock);
-        if (TWO) prefetch(job.second_out + at + kAhead * 4 * kBlock, 4 * kBlock);
       }
       add_payloads(block, bytes, out, second);
       if (partial) {

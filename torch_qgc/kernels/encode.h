@@ -117,7 +117,7 @@ template <int W> struct Encoder {
       const U lane = load<U>(kLane + column) + counter;
       F cost{}, square{};
       U words[FIELD] = {};
-      UNROLL for (int k = 0; k < FIELD; ++k) {
+      for (int k = 0; k < FIELD; ++k) {  // not unrolled: GCC would part hashing from rounding, and use ports unevenly
         UNROLL for (int f = 0; f < kFields / 2; ++f) {
           const int row = FIELD * f + k;
           const U random = hash(lane + (uint32_t)(row * kColumns), job.k1);

@@ -8,16 +8,7 @@ owns a column, and neither needs another one's data. Why it looks like this: doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-import torch
-
 from torch_qgc.errors import CodecError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 __all__ = [
     "BLOCK",
@@ -25,7 +16,9 @@ __all__ = [
     "LIVE",
     "PASS_THROUGH",
     "ROWS",
-    "Encoded",
+    "check_bits",
+    "check_encoding",
+    "check_size",
     "derive_key",
     "payload_bytes",
     "step_levels",
@@ -62,6 +55,28 @@ def check_bits(bits: int) -> None:
         )
 
 
+def check_encoding(bits: int, key: tuple[int, int], norm: str, offset: int) -> None:
+    """Raise CodecError unless a slice can be encoded like this; see `torch_qgc.kernels.encode`."""
+    if norm not in ("max", "l2"):
+        raise CodecError(f"norm: expected 'max' or 'l2', got {norm!r}: choose one of these")
+    if offset < 0 or offset % BLOCK:
+        raise CodecError(f"offset: expected a multiple of {BLOCK}, got {offset}: cut slices at whole blocks")
+    if len(key) != 2 or not all(0 <= word < 1 << 32 for word in key):
+        raise CodecError(f"key: expected two words of 32 bits, got {key}: make it with derive_key")
+    check_bits(bits)
+
+
+def check_size(view: memoryview, numel: int, bits: int) -> None:
+    """Raise CodecError unless these bytes can be the payload of `numel` coordinates at `bits` bits."""
+    expected = payload_bytes(numel, bits)
+    if view.nbytes != expected or not view.c_contiguous:
+        raise CodecError(
+            f"payload of {numel} coordinates at {bits} bits: expected {expected} contiguous bytes, "
+            f"got {view.nbytes}{'' if view.c_contiguous else ' with gaps'}: sender and receiver must "
+            "agree on layout and bits"
+        )
+
+
 def step_levels(bits: int) -> int:
     """Return L = 2^(b-1) - 1, the number of steps on each side of zero; 1 for the stochastic sign."""
     return max(1, (1 << (bits - 1)) - 1)
@@ -88,82 +103,3 @@ def _splitmix64(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Encoded:
-    """One encoded slice: a single uint8 buffer, ready to be sent, and what is known about it.
-
-    `statistics` is float64 [2]: the rounding variance and the squared norm of what was encoded; None on the
-    receiving side, since they are not part of the payload.
-    """
-
-    buffer: torch.Tensor
-    numel: int
-    bits: int
-    statistics: torch.Tensor | None = None
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of 512, 0 for the pass-through codec."""
-        return 0 if self.bits == PASS_THROUGH else -(-self.numel // BLOCK)
-
-    @property
-    def scales(self) -> torch.Tensor:
-        """View of the buffer: fp32 [blocks]; empty for the pass-through codec."""
-        return self.buffer[: 4 * self.blocks].view(torch.float32)
-
-    @property
-    def planes(self) -> torch.Tensor:
-        """View of the buffer: int32 [blocks, bits, 16]; fp32 [numel] for the pass-through codec."""
-        if self.bits == PASS_THROUGH:
-            return self.buffer.view(torch.float32)
-        return self.buffer[4 * self.blocks :].view(torch.int32).view(self.blocks, self.bits, COLUMNS)
-
-    @property
-    def variance(self) -> float:
-        """Sum of the exact conditional variances of the rounding, NaN if unknown or not finite."""
-        return float("nan") if self.statistics is None else float(self.statistics[0])
-
-    @property
-    def squared_norm(self) -> float:
-        """Sum of the squares of the values that were encoded, NaN if unknown or not finite."""
-        return float("nan") if self.statistics is None else float(self.statistics[1])
-
-    def to_buffer(self) -> memoryview:
-        """Return the bytes to send, without a copy unless they lie on an accelerator."""
-        return self.buffer.cpu().numpy().data
-
-    @classmethod
-    def from_buffer(cls, buffer: Buffer, numel: int, bits: int) -> Encoded:
-        """Wrap received bytes without copying them; the buffer stays alive as long as the result.
-
-        Raises:
-            CodecError: the size is not `payload_bytes(numel, bits)`, or the bytes are not contiguous.
-        """
-        view = memoryview(buffer)
-        expected = payload_bytes(numel, bits)
-        if view.nbytes != expected or not view.c_contiguous:
-            raise CodecError(
-                f"payload of {numel} coordinates at {bits} bits: expected {expected} contiguous bytes, "
-                f"got {view.nbytes}{'' if view.c_contiguous else ' with gaps'}: sender and receiver must "
-                "agree on layout and bits"
-            )
-        return cls(_as_tensor(view), numel, bits)
-
-
-class _Writable:
-    """An array interface that declares memory writable and keeps its owner alive.
-
-    torch has no read-only tensors and warns about them; nothing in this package writes into a payload.
-    """
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._owner = array
-        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
-
-
-def _as_tensor(view: memoryview) -> torch.Tensor:
-    if view.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.from_numpy(np.asarray(_Writable(np.frombuffer(view, np.uint8))))

@@ -9,7 +9,8 @@ import torch
 import triton
 
 from . import reference
-from .format import BLOCK, PASS_THROUGH, Encoded
+from .encoded import Encoded
+from .format import BLOCK, PASS_THROUGH
 from .gpu_kernels import decode_kernel, encode_kernel
 
 __all__ = ["LAUNCH", "TILE", "decode_sum", "encode", "field_bits"]

@@ -15,7 +15,8 @@ from typing import Protocol, cast
 import torch
 
 from . import native, reference
-from .format import PASS_THROUGH, Encoded, payload_bytes
+from .encoded import Encoded
+from .format import PASS_THROUGH, payload_bytes
 
 __all__ = ["backend", "describe"]
 

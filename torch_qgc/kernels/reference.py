@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .format import BLOCK, COLUMNS, LIVE, PASS_THROUGH, ROWS, Encoded, step_levels
+from .encoded import Encoded
+from .format import BLOCK, COLUMNS, LIVE, PASS_THROUGH, ROWS, step_levels
 
 __all__ = ["decode_sum", "dither", "encode", "int32"]
 
