@@ -174,6 +174,59 @@ def test_deterministic_schemes_show_the_reference_residuals(name: str) -> None:
     np.testing.assert_allclose(got, expected, rtol=6e-4, atol=1e-20 if 0.0 not in expected else 1e-12)
 
 
+# The L2 scale at 4 bits as measured on gradients of a MobileNetV3: q = 1.31.
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("IS-SGD, d = 1", [0.1732, 1.233]),
+        ("IS-SGD, K / |S|", [0.1777, 2.136]),
+        ("IS-SGD, unbiased", [0.2154, 2.154]),
+        ("EHD, one per group", [0.2603, 1.284]),
+        ("EHD, average", [0.1825, 0.8948]),
+        ("exact FRC", [0.5086, 1.204]),
+        ("Raviv AGC", [0.1777, 1.061]),
+        ("OSGC", [0.2866, 1.083]),
+        ("Theorem 1, equal bits, paper q", [0.199, 1.429]),
+        ("Theorem 1, equal bits, measured q", [0.2343, 1.141]),
+    ],
+)
+def test_schemes_with_the_l2_scale_show_the_reference_residuals(name: str, expected: list[float]) -> None:
+    plan = DETERMINISTIC[name][0]()
+    got = [schemes.residual(plan, gram, variance=1.31) for gram in ("aligned", "orthogonal")]
+    np.testing.assert_allclose(got, expected, rtol=4e-3)  # 1.31 has three digits
+
+
+def measured_table(two: float, three: float, four: float, five: float) -> np.ndarray:
+    """Measured q at 2 to 5 bits, [10, 17]; beyond, where none is given, each bit quarters it: q(5) (15 / L)^2."""
+    more = [five * (15 / (2 ** (bits - 1) - 1)) ** 2 for bits in range(6, 17)]
+    return np.tile([np.inf, np.inf, two, three, four, five, *more], (10, 1))
+
+
+TABLES = {"l2": measured_table(14.8, 4.26, 1.31, 0.325), "max": measured_table(1.89, 0.276, 0.0565, 0.0133)}
+
+
+# Aligned at q = 0, L2 and max; the same orthogonal. Shares depend a little on q beyond 5 bits, hence 2 %.
+@pytest.mark.parametrize(
+    ("table", "options", "expected"),
+    [
+        ("l2", {}, [0.02598, 0.02687, 0.02604, 0.07667, 0.08103, 0.07704]),
+        ("l2", {"allow_drop": True}, [0.02108, 0.02196, 0.02112, 0.08724, 0.09235, 0.08745]),
+        ("max", {}, [0.01864, 0.05381, 0.02037, 0.08026, 0.3161, 0.09277]),
+        ("max", {"allow_drop": True}, [0.01895, 0.03194, 0.01948, 0.08859, 0.1751, 0.09219]),
+        ("max", {"decoder": "hajek"}, [7.56e-08, 0.03691, 0.001825, 0.1008, 0.3501, 0.1141]),
+    ],
+    ids=str,
+)
+def test_our_plans_for_measured_noise_show_the_reference_residuals(
+    table: str, options: dict[str, Any], expected: list[float]
+) -> None:
+    plan = make_plan(REFERENCE, bit_budget=40, variance=TABLES[table], **options)
+    noise = [np.zeros(10)] + [np.where(plan.bits > 0, q[range(10), plan.bits], 0.0) for q in TABLES.values()]
+    got = [schemes.residual(plan, gram, variance=v) for gram in ("aligned", "orthogonal") for v in noise]
+    np.testing.assert_allclose(got, expected, rtol=0.02)
+    np.testing.assert_allclose(got[0], expected[0], rtol=6e-4)
+
+
 # Aligned at q = 0 and with the plan's own (paper) variance; the same orthogonal; orthogonal bias.
 @pytest.mark.parametrize(
     ("options", "expected"),
