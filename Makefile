@@ -1,4 +1,4 @@
-# make demo | test | test-all | check: each sets up what it needs, from Python 3.10+ with pip alone.
+# make demo | test | test-all | check | docs: each sets up what it needs, from Python 3.10+ with pip alone.
 SYSTEM_PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -7,9 +7,9 @@ READY := $(VENV)/.ready
 # One thread per process: tests and examples run several processes on few cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check docs format clean
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt torch_qgc/kernels/codec.cpp
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard torch_qgc/kernels/*.cpp torch_qgc/kernels/*.h)
 	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -27,6 +27,10 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict --site-dir build/site
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs serve
 
 format: $(READY)
 	$(PYTHON) -m ruff format .

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch_qgc.kernels import Encoded, decode_sum, encode, payload_bytes, reference, report
 
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 FLOOR = "memcpy"
 KEY = (1, 2)
 
@@ -221,7 +222,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="measured turns of every subject; at least 2")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    save: Annotated[bool, typer.Option(help="write CSV and plot to benchmarks/results")] = True,
+    save: Annotated[bool, typer.Option(help="write CSV to benchmarks/results and the plot to docs/pictures")] = True,
     name: Annotated[str, typer.Option(help="of those files")] = "kernels",
 ) -> None:
     """Time the codec against memcpy and other libraries."""
@@ -258,7 +259,7 @@ def main(
             for turn, (t, ratio) in enumerate(times[subject.name]):
                 row = [subject.name, f"{subject.wire:.4f}", turn, f"{t:.6f}", f"{ratio:.4f}", hardware, command]
                 writer.writerow(row)
-    plot(rows[1:], hardware, RESULTS / f"{stem}.png")
+    plot(rows[1:], hardware, PICTURES / f"benchmark_{stem}.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""What the documentation shows is true: its Python runs, its options exist, its wire format is the code's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import TensorDataset
+
+import torch_qgc as qgc
+from torch_qgc import wire
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the page's code blocks in a language (a regular expression)."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for _, code in found]
+
+
+def uses(page: Path, words: str) -> bool:
+    return any(re.search(rf"\b({words})\b", block) for block in blocks(page, "python"))
+
+
+@pytest.fixture
+def names(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Names that a page may use without defining them: where it needs one, a job of one worker, in an empty folder."""
+    page: Path = request.getfixturevalue("page")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "docs", "qgc": qgc, "torch": torch}
+    if not uses(page, "model|state"):
+        yield names
+        return
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 3))
+    names["model"] = model
+    names["dataset"] = TensorDataset(torch.randn(64, 8), torch.randint(0, 3, (64,)))
+    names["loss_function"] = torch.nn.functional.cross_entropy
+    if not uses(page, "QGCState"):
+        names["state"] = qgc.QGCState(model)
+        names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+        names["scheduler"] = torch.optim.lr_scheduler.StepLR(names["optimizer"], 10)
+    yield names
+    for value in list(names.values()):
+        if isinstance(value, qgc.QGCState):
+            value.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_on_the_page_runs_and_prints_what_the_page_shows(page: Path, names: dict[str, Any]) -> None:
+    pattern = r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?"
+    for number, (code, shown) in enumerate(re.findall(pattern, page.read_text(), flags=re.DOTALL)):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(textwrap.dedent(code), f"{page.name}, block {number}", "exec"), names)
+        if shown:
+            assert out.getvalue() == shown
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Command lines of the page that start one of our programs, without line continuations and comments."""
+    for block in blocks(page, "(?:bash|console|sh)"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and "=" in words[0]:
+                words = words[1:]
+            if words and (words[0] in ("qgc", "python", "torchrun") or words[0].endswith("/python")):
+                yield words
+
+
+USED = sorted({" ".join(words): words for page in PAGES for words in commands(page)}.items())
+
+
+@pytest.mark.parametrize("words", [words for _, words in USED], ids=[line for line, _ in USED])
+def test_commands_on_the_page_have_the_options_they_use(words: list[str]) -> None:
+    if words[0] == "qgc":
+        program = [sys.executable, "-m", "torch_qgc.cli.app", words[1]]
+    else:
+        script = next(word for word in words if word.endswith(".py"))
+        program, words = [sys.executable, str(ROOT / script)], words[words.index(script) :]
+        if "typer" not in (ROOT / script).read_text() and "argparse" not in (ROOT / script).read_text():
+            assert not any(word.startswith("--") for word in words)
+            return
+    width = {**os.environ, "COLUMNS": "200", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run([*program, "--help"], capture_output=True, text=True, env=width)
+    assert shown.returncode == 0, shown.stderr
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"(?<![\w-]){re.escape(word.split('=')[0])}(?![\w-])", shown.stdout), word
+
+
+def test_the_wire_page_names_every_message_and_field() -> None:
+    page = (ROOT / "docs" / "wire.md").read_text()
+    rows = {
+        row.split("|")[1].strip().strip("`"): row.split("|")[2] for row in page.splitlines() if row.startswith("| `")
+    }
+    messages = {m.__struct_config__.tag: m for union in (wire.FromWorker, wire.FromAggregator) for m in get_args(union)}
+    assert rows.keys() == messages.keys()
+    for tag, message in messages.items():
+        assert re.findall(r"`(\w+)`", rows[tag]) == [field.encode_name for field in msgspec.structs.fields(message)]
+    for field in wire.JobSpec.__struct_fields__:
+        assert f"`{field}`" in page
+    assert f"Protocol version {wire.PROTOCOL_VERSION}" in page
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
+    assert set(re.findall(r"(\w+\.md)", navigation)) == {page.name for page in (ROOT / "docs").glob("*.md")}
