@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from torch_qgc.cli import doctor as machine
 from torch_qgc.cli import tables
 from torch_qgc.cli.comparison import compare
-from torch_qgc.cli.delays import read_delays, straggle_probs_at
-from torch_qgc.errors import ConfigError, JobFailed, PlanError, QGCError
+from torch_qgc.cli.delays import straggle_probs_from
+from torch_qgc.errors import JobFailed, QGCError
 from torch_qgc.planner import make_plan
 from torch_qgc.planner.design import PlanOptions
 
@@ -78,15 +77,9 @@ def plan(
             "bit_budget": bit_budget,
             "num_partitions": num_partitions,
         }
-        deadline: float | None = None
-        if delays is not None and straggle_probs is None:
-            late, deadline = straggle_probs_at(
-                read_delays(delays), deadline_s, lambda p: make_plan(p, options=options, **budget).residual_bound
-            )
-        elif straggle_probs is not None and delays is None:
-            late = _numbers(straggle_probs)
-        else:
-            raise ConfigError("expected --straggle-probs or --delays, got both or neither: give one")
+        late, deadline = straggle_probs_from(
+            straggle_probs, delays, deadline_s, lambda p: make_plan(p, options=options, **budget).residual_bound
+        )
         made = make_plan(late, options=options, **budget)
         others = compare(made, {name: value for name, value in budget.items() if value is not None}, options)
         if out is not None:
@@ -136,13 +129,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON inst
         typer.echo(json.dumps(facts))
     else:
         tables.print_facts(facts)
-
-
-def _numbers(text: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    try:
-        return np.array([float(word) for word in text.split(",")])
-    except ValueError:
-        raise PlanError(f"straggle_probs: expected numbers with commas between, got {text!r}: try 0.05,0.1") from None
 
 
 if __name__ == "__main__":

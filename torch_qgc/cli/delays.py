@@ -9,11 +9,35 @@ from pathlib import Path
 
 import numpy as np
 
-from torch_qgc.errors import PlanError
+from torch_qgc.errors import ConfigError, PlanError
 from torch_qgc.planner.checks import Floats
 from torch_qgc.planner.delays import Empirical, choose_deadline
 
-__all__ = ["read_delays", "straggle_probs_at"]
+__all__ = ["read_delays", "straggle_probs_at", "straggle_probs_from"]
+
+
+def straggle_probs_from(
+    listed: str | None, delays: Path | None, deadline_s: str, residual: Callable[[Floats], float]
+) -> tuple[Floats, float | None]:
+    """Return the chance of every worker to be late, and the deadline that it is for, if one is known.
+
+    Args:
+        listed: numbers with commas between them; or
+        delays: a CSV, see `read_delays`, with
+        deadline_s, residual: as in `straggle_probs_at`.
+    Raises:
+        ConfigError: both or neither.
+        PlanError: no numbers.
+    """
+    if (listed is None) == (delays is None):
+        raise ConfigError("expected --straggle-probs or --delays, got both or neither: give one")
+    if delays is not None:
+        return straggle_probs_at(read_delays(delays), deadline_s, residual)
+    assert listed is not None
+    try:
+        return np.array([float(word) for word in listed.split(",")]), None
+    except ValueError:
+        raise PlanError(f"straggle_probs: expected numbers with commas between, got {listed!r}: try 0.05,0.1") from None
 
 
 def read_delays(path: Path) -> Floats:
