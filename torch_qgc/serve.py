@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for peer, frames in aggregator.drain():
             transport.send(peer, frames)
         transport.close()
-    print(f"torch_qgc aggregator: {aggregator.report()}", file=sys.stderr if not options.child else sys.stdout)
+    with contextlib.suppress(BrokenPipeError):  # a parent that is gone reads nothing
+        os.write(1 if options.child else 2, f"torch_qgc aggregator: {aggregator.report()}\n".encode())
     return 1 if aggregator.failed else 0
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +13,8 @@ from torch_qgc.cli import doctor as machine
 from torch_qgc.cli import tables
 from torch_qgc.cli.comparison import compare
 from torch_qgc.cli.delays import straggle_probs_from
-from torch_qgc.errors import JobFailed, QGCError
+from torch_qgc.cli.reporting import reporting
+from torch_qgc.cli.simulate import simulate
 from torch_qgc.planner import make_plan
 from torch_qgc.planner.design import PlanOptions
 
@@ -24,17 +23,7 @@ __all__ = ["app"]
 app = typer.Typer(
     name="qgc", help="Plan and run quantized gradient coding.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-
-
-@contextlib.contextmanager
-def _reporting() -> Iterator[None]:
-    """Turn the library's errors into one message on stderr: 2 for bad input, 1 for a failure."""
-    try:
-        yield
-    except (QGCError, ImportError, OSError) as error:
-        typer.echo(f"qgc: {error}", err=True)
-        bad_input = isinstance(error, QGCError) and not isinstance(error, JobFailed)
-        raise typer.Exit(2 if bad_input else 1) from error
+app.command()(simulate)
 
 
 @app.command()
@@ -62,7 +51,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Decide who answers for how much data, with how many bits, and compare with other schemes."""
-    with _reporting():
+    with reporting():
         options = PlanOptions(
             norm=norm,  # type: ignore[arg-type]  # refused below if it is another word
             variance=variance,
@@ -116,7 +105,7 @@ def aggregator(
         raise typer.Exit(2)
     arguments = ["--bind", bind, "--index", str(index), "--count", str(count), "--threads", str(threads)]
     arguments += ["--max-message-mib", str(max_message_mib)] + ["--insecure"] * insecure
-    with _reporting():
+    with reporting():
         status = serve.main(arguments)
     raise typer.Exit(status)
 

@@ -12,7 +12,7 @@ from torch_qgc.cli.comparison import Row
 from torch_qgc.planner import Plan
 from torch_qgc.planner.code import error_factors
 
-__all__ = ["print_comparison", "print_facts", "print_plan"]
+__all__ = ["make_table", "print_comparison", "print_facts", "print_plan"]
 
 _ROWS_SHOWN = 32
 
@@ -20,7 +20,7 @@ _ROWS_SHOWN = 32
 def print_plan(plan: Plan, deadline_s: float | None) -> None:
     """Print a row per worker, and what holds for all of them."""
     at = "" if deadline_s is None else f", deadline {deadline_s:.4g} s"
-    table = _table(
+    table = make_table(
         f"{plan.num_workers} workers, {plan.spent_bits:g} bits per coordinate in all, load {plan.load:.3g}, "
         f"{plan.decoder}{at}",
         ("worker", "late", "bits", "share", "coefficient", "utility"),
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, deadline_s: float | None) -> None:
 
 def print_comparison(rows: Sequence[Row]) -> None:
     """Print the error of the plan beside that of other schemes."""
-    table = _table(
+    table = make_table(
         "error of a round, E||decoded - g||² / ||g||²; bias counts in it",
         ("scheme", "bits", "load", "equal gradients", "orthogonal", "of it bias"),
     )
@@ -57,14 +57,15 @@ def print_comparison(rows: Sequence[Row]) -> None:
 
 def print_facts(facts: Mapping[str, str]) -> None:
     """Print names and values."""
-    table = _table("torch_qgc on this machine", ("what", "found"))
+    table = make_table("torch_qgc on this machine", ("what", "found"))
     table.columns[1].justify = "left"
     for name, value in facts.items():
         table.add_row(name, value)
     Console().print(table)
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def make_table(title: str, columns: Sequence[str]) -> Table:
+    """Return an empty table: the first column of words, the others of numbers."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")

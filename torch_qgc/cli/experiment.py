@@ -1,0 +1,212 @@
+"""From a configuration file, TOML or JSON, to an experiment."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from torch_qgc import schemes
+from torch_qgc.cli.delays import read_delays
+from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.planner.checks import Floats, per_worker
+from torch_qgc.planner.delays import DelayModel, Empirical, ShiftedExponential
+from torch_qgc.rounds import ClosingRule
+from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
+from torch_qgc.simulator import IDEAL, Experiment
+from torch_qgc.simulator.experiment import SchemeLike
+from torch_qgc.simulator.tasks import TASKS, Task
+
+__all__ = ["read_experiment"]
+
+#: What `scheme = "..."` may say.
+_SCHEMES: dict[str, Callable[..., Scheme]] = {
+    make.__name__: make
+    for make in (
+        schemes.qgc,
+        schemes.osgc,
+        schemes.is_sgd,
+        schemes.bgc,
+        schemes.sgc,
+        schemes.one_bit_sgc,
+        schemes.erasurehead,
+        schemes.optimal_decoding,
+        schemes.expander,
+        schemes.fractional_repetition,
+        schemes.cyclic,
+        schemes.cyclic_mds,
+        schemes.ye_abbe,
+        schemes.block_coordinate,
+    )
+}
+
+
+class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One of: shifted exponentials, straggle probabilities at the deadline, or a CSV of recorded seconds."""
+
+    workers: int | None = None
+    mu: float | list[float] | None = None
+    shift: float | list[float] = 1.0
+    straggle_probs: list[float] | None = None
+    csv: str | None = None
+
+
+class Rule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The fields of `ClosingRule`."""
+
+    deadline_s: float | None = None
+    warmup_steps: int = 3
+    quorum: int = 1
+    late: Literal["fold", "drop"] = "fold"
+    max_staleness: int = 8
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A file: a task, delays, schemes by name, and fields of `Experiment`."""
+
+    schemes: dict[str, dict[str, Any]]
+    delays: Delays
+    steps: int
+    task: str = "text"
+    task_options: dict[str, Any] = {}
+    deadline_s: float | None = None
+    rule: Rule | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.0
+    max_grad_norm: float | None = None
+    batch_size: int | None = None
+    sampling: Literal["worker", "partition"] = "worker"
+    micro_batch: int | None = None
+    runs: int = 1
+    seed: int = 0
+    evaluate_every: int = 0
+    exact_every: int = 0
+
+
+def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = None) -> Experiment:
+    """Return what a file describes.
+
+    Args:
+        path: .toml or .json.
+        steps, runs: instead of the file's.
+    Raises:
+        ConfigError: not such a file; the message names the field. PlanError: a scheme that does not exist like this.
+        OSError: it cannot be read.
+    """
+    config = _read(path)
+    if steps is not None:
+        config = msgspec.structs.replace(config, steps=steps)
+    if runs is not None:
+        config = msgspec.structs.replace(config, runs=runs)
+    rule = None if config.rule is None else ClosingRule(**msgspec.structs.asdict(config.rule))
+    deadline_s = config.deadline_s if rule is None else rule.deadline_s
+    delays = _delays(config.delays, deadline_s, path.parent)
+    late = np.zeros(delays.sample(np.random.default_rng(0), 1).size)
+    if deadline_s is not None:
+        late = np.atleast_1d(delays.straggle_probability(deadline_s))
+    made = {name: _scheme(name, dict(options), late) for name, options in config.schemes.items()}
+    task = _task(config.task, config.task_options)
+    read = {"schemes", "delays", "task", "task_options", "rule"}
+    kept = {name: value for name, value in msgspec.structs.asdict(config).items() if name not in read}
+    return Experiment(
+        model=task.model,
+        loss=task.loss,
+        dataset=task.dataset,
+        evaluate=task.evaluate,
+        collate=task.collate,
+        schemes=made,
+        delays=delays,
+        rule=rule,
+        **kept,
+    )
+
+
+def _read(path: Path) -> Config:
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"{path}: expected a name that ends in .toml or .json, got {path.suffix!r}")
+    text = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            return msgspec.json.decode(text, type=Config)
+        made: Config = msgspec.toml.decode(text, type=Config)
+        return made
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # TOMLDecodeError comes as the former
+        raise ConfigError(f"{path}: {error}; docs/simulator.md shows an example") from error
+
+
+def _delays(config: Delays, deadline_s: float | None, folder: Path) -> DelayModel:
+    given = [name for name in ("mu", "straggle_probs", "csv") if getattr(config, name) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"delays: expected one of mu, straggle_probs and csv, got {given or 'none'}")
+    if config.csv is not None:
+        return Empirical(delays_s=read_delays(folder / config.csv))
+    if config.mu is not None:
+        counts = {len(x) for x in (config.mu, config.shift) if isinstance(x, list)}
+        counts |= set() if config.workers is None else {config.workers}
+        if len(counts) != 1:
+            raise ConfigError(f"delays: expected one number of workers, got {sorted(counts) or 'none: add workers'}")
+        workers = counts.pop()
+        return ShiftedExponential(
+            mu=per_worker(config.mu, workers, "mu"), shift=per_worker(config.shift, workers, "shift")
+        )
+    shift = np.asarray(config.shift, dtype=np.float64)
+    late = np.asarray(config.straggle_probs, dtype=np.float64)
+    if deadline_s is None or not np.all((late > 0) & (late < 1)) or not np.all(shift < deadline_s):
+        raise ConfigError(
+            f"delays.straggle_probs: expected numbers in (0, 1), a deadline and a shift below it, got {late.tolist()}, "
+            f"{deadline_s} and {config.shift}"
+        )
+    return ShiftedExponential(mu=-np.log(late) / (deadline_s - shift), shift=np.broadcast_to(shift, late.shape))
+
+
+def _scheme(name: str, options: dict[str, Any], late: Floats) -> SchemeLike:
+    """Return a scheme for the workers' chances to be late, unless its options state others."""
+    kind = options.pop("scheme", name)
+    feedback = options.pop("error_feedback", False)
+    if feedback not in (False, True, "acknowledged"):
+        raise ConfigError(f"schemes.{name}: expected error_feedback = true or 'acknowledged', got {feedback!r}")
+    if kind == IDEAL:
+        if options or feedback:
+            raise ConfigError(f"schemes.{name}: expected no options of {IDEAL!r}, got {sorted(options)}")
+        return IDEAL
+    if kind not in _SCHEMES:
+        raise ConfigError(f"schemes.{name}: expected scheme = one of {IDEAL}, {', '.join(_SCHEMES)}, got {kind!r}")
+    try:
+        made = _SCHEMES[kind](options.pop("straggle_probs", late), **options)
+    except TypeError as error:
+        raise ConfigError(f"schemes.{name}: {error}") from error
+    except PlanError as error:
+        raise PlanError(f"schemes.{name}: {error}") from error
+    if not feedback:
+        return made
+    if isinstance(made, BlockPlan | ErrorFeedback):
+        raise ConfigError(f"schemes.{name}: expected error_feedback around one plan, got {kind}, which has several")
+    return schemes.error_feedback(made, acknowledged=feedback == "acknowledged")
+
+
+def _task(name: str, options: dict[str, Any]) -> Task:
+    """Return a built-in task, or what "module:function" returns."""
+    make = TASKS.get(name)
+    if make is None:
+        module, _, function = name.partition(":")
+        try:
+            make = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"task: expected one of {', '.join(TASKS)}, or module:function that can be imported, got {name!r} "
+                f"({error})"
+            ) from error
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"task_options: {name}: {error}") from error
+    task = make(**options)
+    if not isinstance(task, Task):
+        raise ConfigError(f"task: expected {name} to return torch_qgc.simulator.tasks.Task, got {type(task).__name__}")
+    return task

@@ -1,0 +1,85 @@
+"""From a decoded gradient to new parameters, as the optimizers of training do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+
+from torch_qgc.errors import ConfigError
+from torch_qgc.layout import Layout
+from torch_qgc.optim import two_track_adam
+
+__all__ = ["Descent", "OptimizerLike", "make_optimizer"]
+
+#: A name, or parameters -> torch optimizer.
+OptimizerLike: TypeAlias = Literal["sgd", "adam"] | Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def make_optimizer(
+    optimizer: OptimizerLike, parameters: Iterable[torch.nn.Parameter], *, lr: float, momentum: float
+) -> torch.optim.Optimizer:
+    """Return the optimizer that a name or a function stands for.
+
+    Raises:
+        ConfigError: an unknown name, or momentum for another optimizer than "sgd".
+    """
+    if callable(optimizer):
+        return optimizer(parameters)
+    if optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
+    if optimizer == "adam" and not momentum:
+        return torch.optim.Adam(parameters, lr=lr)
+    raise ConfigError(
+        f"optimizer: expected 'sgd', 'adam' without momentum, or a function of the parameters, got {optimizer!r} with "
+        f"momentum {momentum}: pass lambda parameters: torch.optim.AdamW(parameters, ...), say"
+    )
+
+
+class Descent:
+    """Put a decoded gradient into .grad and step the optimizer; any Adam takes a second track into its denominator.
+
+    Args:
+        layout: where parameters lie in the flat gradient.
+        optimizer: torch's.
+        lr: step -> learning rate; None: what the optimizer has.
+        max_grad_norm: clip to this norm, both tracks by the same factor; None: do not.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lr: Callable[[int], float] | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self._layout, self._lr, self._max_grad_norm = layout, lr, max_grad_norm
+
+    @torch.no_grad()
+    def __call__(self, step: int, tracks: Sequence[torch.Tensor]) -> None:
+        """Make the step.
+
+        Args:
+            tracks: one or two of [P] fp32: the decoded gradient, and what Adam squares.
+        """
+        for p, slot in zip(self._layout.parameters, self._layout.slots):
+            p.grad = torch.empty_like(p).copy_(tracks[0][slot.span].view(slot.shape))
+        if self._lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._lr(step)
+        if self._max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self._layout.parameters, self._max_grad_norm)
+            for second in tracks[1:]:
+                second.mul_(torch.clamp(self._max_grad_norm / (norm + 1e-6), max=1.0))  # as torch scales
+        if len(tracks) == 2 and isinstance(self.optimizer, torch.optim.Adam):
+            two_track_adam(self.optimizer, lambda p: self._view(p, tracks[1]))
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _view(self, parameter: torch.Tensor, track: torch.Tensor) -> torch.Tensor:
+        slot = self._layout.slot(parameter)
+        return track[slot.span].view(slot.shape)

@@ -1,0 +1,186 @@
+"""What is to be simulated: everything that decides a trace, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from torch_qgc.errors import ConfigError
+from torch_qgc.layout import Layout
+from torch_qgc.planner import Plan, segment_weights
+from torch_qgc.planner.delays import DelayModel
+from torch_qgc.planner.variance import PASS_THROUGH_BITS
+from torch_qgc.rounds import ClosingRule
+from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
+from torch_qgc.simulator.arrivals import DelaySource
+from torch_qgc.simulator.coding import plans_of
+from torch_qgc.simulator.descent import OptimizerLike
+from torch_qgc.simulator.gradients import Collate, Loss
+
+__all__ = ["IDEAL", "Experiment", "SchemeLike"]
+
+#: In the place of a scheme: all are waited for, nothing is quantized, the data is shared equally.
+IDEAL: Literal["ideal"] = "ideal"
+SchemeLike: TypeAlias = Scheme | Literal["ideal"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experiment:
+    """A training run under several schemes: the same data, delays and dither for all of them.
+
+    The task:
+        model: is copied for every scheme and run, in whatever mode it is.
+        loss: (model, batch) -> mean loss over the batch; it moves the batch to the model's device if need be.
+        dataset: map-style; `collate` makes a batch of samples, None: torch's default.
+        partitions: N lists of sample indices for data that cannot move; None: a random permutation cut into N.
+        micro_batch: samples per forward pass at most; less: less memory.
+    The schemes:
+        schemes: name -> Plan, BlockPlan, ErrorFeedback or IDEAL, all of K workers.
+    The clock:
+        delays: a model, or seconds [rounds, K] taken row by row; the same for all schemes of a run.
+        deadline_s: rounds are independent: who takes at most this long is in (Song & Choi); None waits for all. Or
+        rule: rounds are those of a running job (`JobRounds`), closed by this rule; plans only.
+    Training:
+        steps: to make.
+        optimizer: "sgd", "adam" (with the second track, if the plan has one), or parameters -> torch optimizer.
+        lr: learning rate, or step -> learning rate; None: what the given optimizer has.
+        momentum: of "sgd".
+        max_grad_norm: clip the decoded gradient; None: do not.
+        batch_size: None: whole partitions, each computed once per step; else samples per worker and step, or
+        sampling: "worker": per worker, drawn from its share; "partition": per partition, the same for all who hold it,
+            which every code can do.
+    Repetition:
+        runs, seed: run r has seed + r for data, delays and dither, and is what that seed alone would give.
+    Measurement:
+        evaluate: model -> name -> number; at the beginning, every `evaluate_every` steps (0: never) and at the end. It
+            gets the copy that is trained, without gradients.
+        exact_every: with batches per worker, steps between computations of the true gradient (a pass over the data).
+
+    Raises:
+        ConfigError: a value out of range, or schemes, delays or partitions that do not fit each other.
+    """
+
+    model: torch.nn.Module
+    loss: Loss
+    dataset: Any
+    schemes: Mapping[str, SchemeLike]
+    delays: DelayModel | ArrayLike
+    steps: int
+    deadline_s: float | None = None
+    rule: ClosingRule | None = None
+    lr: float | Callable[[int], float] | None = None
+    optimizer: OptimizerLike = "sgd"
+    momentum: float = 0.0
+    max_grad_norm: float | None = None
+    batch_size: int | None = None
+    sampling: Literal["worker", "partition"] = "worker"
+    partitions: Sequence[Sequence[int]] | None = None
+    collate: Collate | None = None
+    micro_batch: int | None = None
+    runs: int = 1
+    seed: int = 0
+    evaluate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
+    evaluate_every: int = 0
+    exact_every: int = 0
+    workers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        counts = {name: plans_of(s)[0].num_workers for name, s in self.schemes.items() if not isinstance(s, str)}
+        if len(set(counts.values())) > 1:
+            raise ConfigError(f"schemes: expected plans of the same number of workers, got {counts}")
+        object.__setattr__(self, "workers", next(iter(counts.values()), self._workers_of_delays()))
+        DelaySource(self.delays, self.workers, self.seed)
+        for name, scheme in self.schemes.items():
+            if isinstance(scheme, str) and scheme != IDEAL:
+                raise ConfigError(f"scheme {name!r}: expected a plan or {IDEAL!r}, got {scheme!r}")
+            if self.rule is not None and isinstance(scheme, BlockPlan | ErrorFeedback):
+                raise ConfigError(
+                    f"scheme {name!r}: expected a Plan with `rule`, got {type(scheme).__name__}, which no running job "
+                    "takes: give deadline_s instead"
+                )
+
+    def _check_numbers(self) -> None:
+        if not self.schemes:
+            raise ConfigError("schemes: expected at least one, got none")
+        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+            raise ConfigError(
+                f"dataset: expected a map-style data set, got {type(self.dataset).__name__}: list it first"
+            )
+        least = {"steps": 1, "runs": 1, "seed": 0, "evaluate_every": 0, "exact_every": 0}
+        for name in ("batch_size", "micro_batch"):
+            if getattr(self, name) is not None:
+                least[name] = 1
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{name}: expected at least {bound}, got {getattr(self, name)}")
+        if self.deadline_s is not None and not 0 < self.deadline_s < float("inf"):
+            raise ConfigError(f"deadline_s: expected seconds > 0, or None to wait for all, got {self.deadline_s}")
+        if self.deadline_s is not None and self.rule is not None:
+            raise ConfigError("expected deadline_s or rule, got both: the rule has a deadline of its own")
+        if self.lr is None and not callable(self.optimizer):
+            raise ConfigError(f"lr: expected a learning rate for optimizer {self.optimizer!r}, got None")
+        if self.sampling not in ("worker", "partition"):
+            raise ConfigError(f"sampling: expected 'worker' or 'partition', got {self.sampling!r}")
+
+    def _workers_of_delays(self) -> int:
+        if not hasattr(self.delays, "sample"):
+            return int(np.shape(np.asarray(self.delays))[-1])
+        return int(self.delays.sample(np.random.default_rng(0), 1).size)
+
+    @cached_property
+    def ideal(self) -> Plan:
+        """The plan behind IDEAL: equal shares, sent as they are; partitions as the first plan's."""
+        plans = [plans_of(scheme)[0] for scheme in self.schemes.values() if not isinstance(scheme, str)]
+        if plans:
+            count, sizes = plans[0].num_partitions, plans[0].partition_sizes
+        else:
+            count, sizes = self.workers if self.partitions is None else len(self.partitions), None
+        shares = np.full(self.workers, 1.0 / self.workers)
+        return Plan(
+            straggle_probs=np.zeros(self.workers),
+            bits=np.full(self.workers, PASS_THROUGH_BITS),
+            shares=shares,
+            weights=segment_weights(shares, count, partition_sizes=sizes),
+            partition_sizes=sizes,
+        )
+
+    @property
+    def optimizer_lr(self) -> tuple[float, Callable[[int], float] | None]:
+        """The learning rate to begin with, and its schedule or None."""
+        if callable(self.lr):
+            return float(self.lr(0)), self.lr
+        return (0.0 if self.lr is None else float(self.lr)), None
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """After how many steps evaluations are made."""
+        if self.evaluate is None:
+            return []
+        every = self.evaluate_every or self.steps
+        return sorted({*range(0, self.steps, every), self.steps})
+
+    def fingerprint(self, scheme: SchemeLike, seed: int) -> str:
+        """Return a hex digest of what can be read of all that decides one run: checkpoints go by it.
+
+        Functions (loss, evaluate, a schedule) count by their names only, the data by its length.
+        """
+        plans = ["ideal"] if isinstance(scheme, str) else [plan.to_json() for plan in plans_of(scheme)]
+        extra: list[Any] = [scheme.contraction, scheme.acknowledged] if isinstance(scheme, ErrorFeedback) else []
+        extra += [scheme.fractions] if isinstance(scheme, BlockPlan) else []
+        named = ("steps", "deadline_s", "rule", "momentum", "max_grad_norm", "batch_size", "sampling", "micro_batch")
+        values = [repr(getattr(self, name)) for name in (*named, "evaluate_every", "exact_every")]
+        functions = [getattr(f, "__qualname__", repr(f)) for f in (self.lr, self.optimizer, self.loss, self.evaluate)]
+        delays = [DelaySource(self.delays, self.workers, seed).draw(step).tolist() for step in range(2)]
+        blocks = None if self.partitions is None else [list(map(int, block)) for block in self.partitions]
+        start = Layout(self.model.named_parameters()).parameter_digest()
+        content = [plans, extra, seed, values, functions, delays, blocks, start, len(self.dataset)]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

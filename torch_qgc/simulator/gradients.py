@@ -1,0 +1,89 @@
+"""Mean gradients of any model over any samples, into flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.data import TensorDataset, default_collate
+
+from torch_qgc.kernels import derive_key
+from torch_qgc.layout import Layout
+
+__all__ = ["Collate", "Gradients", "Loss"]
+
+#: (model, collated batch) -> scalar, the mean over the batch's samples.
+Loss: TypeAlias = Callable[[torch.nn.Module, Any], torch.Tensor]
+Collate: TypeAlias = Callable[[list[Any]], Any]
+
+_STREAM = 0x6AD  # keeps the model's own random numbers (dropout) apart from the codec's
+
+
+class Gradients:
+    """Compute gradients at the model's present parameters.
+
+    Args:
+        model: in training mode; its buffers change with every pass, as they do on a worker.
+        loss: see `Loss`.
+        dataset: map-style.
+        collate: from samples to a batch; None: torch's default, without a call per sample for a TensorDataset.
+        micro_batch: samples per forward pass at most, to bound memory.
+        seed: of the model's own random numbers: they depend on it, the step and who computes, on nothing else.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Loss,
+        dataset: Any,
+        *,
+        collate: Collate | None = None,
+        micro_batch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.layout = model, Layout(model.named_parameters())
+        self._loss, self._dataset, self._collate = loss, dataset, collate
+        self._micro_batch, self._seed = micro_batch, seed
+        device = self.layout.parameters[0].device
+        self.scratch = torch.zeros(self.layout.numel, device=device)
+        self._views = [self.scratch[slot.span].view(slot.shape) for slot in self.layout.slots]
+
+    def mean(self, indices: Sequence[int], step: int, who: int) -> float:
+        """Put the mean gradient over samples into `scratch` [P] fp32; return their mean loss.
+
+        Args:
+            indices: of the data set, at least one.
+            step, who: worker or partition, for the model's random numbers.
+        """
+        self.reseed(step, who)
+        self.scratch.zero_()
+        size = self._micro_batch or len(indices)
+        total = 0.0
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            loss = self._loss(self.model, self._batch(part))
+            found = torch.autograd.grad(loss, self.layout.parameters, allow_unused=True, materialize_grads=True)
+            weight = len(part) / len(indices)
+            torch._foreach_add_(self._views, [gradient.float() for gradient in found], alpha=weight)
+            total += weight * float(loss.detach())
+        return total
+
+    def reseed(self, step: int, who: int) -> None:
+        """Make what the model draws next depend on the seed, the step and who computes alone."""
+        low, high = derive_key(self._seed, step, who, _STREAM)
+        seed = low | (high & 0x7FFFFFFF) << 32
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond: it formats a traceback
+        if self.scratch.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _batch(self, indices: Sequence[int]) -> Any:
+        dataset = self._dataset
+        if self._collate is None and type(dataset) is TensorDataset:
+            chosen = torch.as_tensor(indices)
+            return [tensor[chosen] for tensor in dataset.tensors]
+        if hasattr(dataset, "__getitems__"):
+            samples = dataset.__getitems__(list(indices))
+        else:
+            samples = [dataset[i] for i in indices]
+        return (self._collate or default_collate)(samples)

@@ -1,0 +1,53 @@
+"""How noisy mini-batch gradients are: what `make_plan(noise_ratio=...)` takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch_qgc.errors import ConfigError
+from torch_qgc.simulator.gradients import Collate, Gradients, Loss
+
+__all__ = ["noise_ratio"]
+
+
+def noise_ratio(
+    model: torch.nn.Module,
+    loss: Loss,
+    dataset: Any,
+    *,
+    batch_size: int,
+    batches: int = 64,
+    collate: Collate | None = None,
+    seed: int = 0,
+) -> float:
+    """Measure eta, the variance of a batch gradient over the squared norm of its mean, at the model's parameters.
+
+        eta = mean_i ||h_i||^2 / signal - 1,   signal = (||sum_i h_i||^2 - sum_i ||h_i||^2) / (B (B - 1))
+
+    over B independent batches: products of different batches estimate the squared norm of the mean without bias, so
+    no pass over the data is needed. It falls with larger batches and rises as training converges: measure it at
+    parameters from the middle of a run.
+
+    Args:
+        batch_size: samples per batch, drawn from all of the data.
+        batches: B >= 2; more: more precise.
+    Returns:
+        eta >= 0; inf if no signal stands out of the noise.
+    """
+    if batches < 2 or not 1 <= batch_size <= len(dataset):
+        raise ConfigError(f"expected at least 2 batches of 1..{len(dataset)} samples, got {batches} of {batch_size}")
+    gradients = Gradients(copy.deepcopy(model), loss, dataset, collate=collate, seed=seed)
+    total = torch.zeros_like(gradients.scratch)
+    energy = 0.0
+    with torch.random.fork_rng():
+        for i in range(batches):
+            chosen = np.random.default_rng([seed, i]).choice(len(dataset), batch_size, replace=False)
+            gradients.mean(chosen.tolist(), 0, i)
+            energy += float(gradients.scratch.double().square().sum())
+            total.add_(gradients.scratch)
+    signal = (float(total.double().square().sum()) - energy) / (batches * (batches - 1))
+    return max(energy / batches / signal - 1.0, 0.0) if signal > 0.0 else float("inf")

@@ -1,0 +1,213 @@
+"""One run of one scheme: the loop over its steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch_qgc.data import checked_partitions
+from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.planner.checks import Floats
+from torch_qgc.schemes import BlockPlan
+from torch_qgc.settings import Limits
+from torch_qgc.simulator.arrivals import Arrivals, DelaySource, IndependentRounds, JobRounds, RoundOutcome
+from torch_qgc.simulator.coding import Payload, SchemeCodec, plans_of
+from torch_qgc.simulator.descent import Descent, make_optimizer
+from torch_qgc.simulator.experiment import Experiment, SchemeLike
+from torch_qgc.simulator.gradients import Gradients
+from torch_qgc.simulator.trace import Trace
+from torch_qgc.simulator.work import Computed, PartitionWork, Work, WorkerWork
+
+__all__ = ["Trajectory"]
+
+
+class Trajectory:
+    """Train a copy of the model as the job would, one `advance` per step.
+
+    Memory, in bytes per coordinate: 4 for each of parameters, gradients, decoded tracks, the optimizer's state, and
+    what `Work` says; b_k / 8 for each worker that is in the round (decoding adds all of them in one pass), and with
+    late="fold" for each payload that is still under way.
+
+    Args:
+        experiment: what is simulated.
+        scheme: one of its schemes.
+        seed: of this run.
+    """
+
+    def __init__(self, experiment: Experiment, scheme: SchemeLike, seed: int) -> None:
+        self._experiment, self._seed = experiment, seed
+        ideal = isinstance(scheme, str)
+        made = experiment.ideal if isinstance(scheme, str) else scheme
+        self.model = copy.deepcopy(experiment.model)
+        gradients = self._gradients = Gradients(
+            self.model,
+            experiment.loss,
+            experiment.dataset,
+            collate=experiment.collate,
+            micro_batch=experiment.micro_batch,
+            seed=seed,
+        )
+        self._codec = SchemeCodec(made, gradients.layout.numel, seed)
+        self._work = _work(experiment, self._codec, gradients, seed)
+        self._arrivals = _arrivals(experiment, self._codec, seed, ideal=ideal)
+        lr, schedule = experiment.optimizer_lr
+        optimizer = make_optimizer(
+            experiment.optimizer, gradients.layout.parameters, lr=lr, momentum=experiment.momentum
+        )
+        self._descent = Descent(gradients.layout, optimizer, lr=schedule, max_grad_norm=experiment.max_grad_norm)
+        two = isinstance(optimizer, torch.optim.Adam) and any(p.second_track is not None for p in plans_of(made))
+        self._tracks = [torch.zeros_like(gradients.scratch) for _ in range(1 + (two and not ideal))]
+        self._payloads: dict[tuple[int, int], Payload] = {}
+        self.step = 0
+        steps, workers = experiment.steps, experiment.workers
+        self._records: dict[str, np.ndarray[Any, Any]] = {
+            "loss": np.full(steps, np.nan),
+            "residual": np.full(steps, np.nan),
+            "bits_sent": np.zeros(steps, dtype=np.int64),
+            "virtual_time_s": np.zeros(steps),
+            "contributions": np.zeros((steps, workers), dtype=np.uint8),
+        }
+        self._evaluations: dict[int, dict[str, float]] = {}
+
+    @property
+    def done(self) -> bool:
+        """All steps have been made."""
+        return self.step >= self._experiment.steps
+
+    def advance(self) -> None:
+        """Make one step: close its round, compute what is needed for it, decode, update."""
+        if self.step == 0:
+            self._evaluate()
+        outcome = self._arrivals.close(self.step)
+        computed = self._compute(outcome)
+        self._codec.decode(outcome.contributions, self._payloads, outcome.rates, self._tracks)
+        self._record(outcome, computed)
+        self._forget(outcome)
+        self._descent(self.step, self._tracks)
+        self.step += 1
+        self._evaluate()
+
+    def _compute(self, outcome: RoundOutcome) -> Computed:
+        in_time = {c.worker for c in outcome.contributions if c.made_for == self.step}
+        active = self._codec.active
+        all_needed = self._codec.remembers or self._folds
+        wanted = {k for k in (outcome.began if all_needed else in_time) if active[k]}
+
+        def send(worker: int, mixed: torch.Tensor) -> None:
+            self._payloads[worker, self.step] = self._codec.encode(
+                worker, self.step, mixed, delivered=worker in in_time
+            )
+
+        return self._work.compute(self.step, wanted, send)
+
+    @property
+    def _folds(self) -> bool:
+        rule = self._experiment.rule
+        return rule is not None and rule.late == "fold"
+
+    def _forget(self, outcome: RoundOutcome) -> None:
+        """Drop payloads that are decoded, or that no later round will take."""
+        for contribution in outcome.contributions:
+            self._payloads.pop((contribution.worker, contribution.made_for), None)
+        rule = self._experiment.rule
+        oldest = self.step + 1 - rule.max_staleness if rule is not None and self._folds else self.step + 1
+        for key in [key for key in self._payloads if key[1] < oldest]:
+            del self._payloads[key]
+
+    def _record(self, outcome: RoundOutcome, computed: Computed) -> None:
+        records, step = self._records, self.step
+        records["loss"][step] = computed.loss
+        records["virtual_time_s"][step] = outcome.closed_at_s
+        records["bits_sent"][step] = sum(self._codec.payload_bits(k) for k in outcome.began)
+        for contribution in outcome.contributions:
+            records["contributions"][step, contribution.worker] += 1
+        if computed.gradient is not None:
+            true = computed.gradient.double()
+            size = float(true.square().sum())
+            error = float((self._tracks[0].double() - true).square().sum())
+            records["residual"][step] = error / size if size > 0.0 else math.nan
+
+    def _evaluate(self) -> None:
+        experiment = self._experiment
+        if experiment.evaluate is None or self.step not in experiment.evaluation_steps:
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        self._gradients.reseed(self.step, -1)
+        with torch.no_grad():
+            values = experiment.evaluate(self.model)
+        for module, training in modes:
+            module.training = training
+        self._evaluations[self.step] = {name: float(value) for name, value in values.items()}
+
+    def trace(self) -> Trace:
+        """Return what was recorded, as a trace of one run."""
+        made = list(self._evaluations)
+        names = list(self._evaluations[made[0]]) if made else []
+        return Trace(
+            seeds=np.array([self._seed]),
+            **{name: values[None] for name, values in self._records.items()},
+            evaluation_steps=np.array(made, dtype=np.int64),
+            evaluations={name: np.array([[self._evaluations[s][name] for s in made]]) for name in names},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes from step to step."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self._descent.optimizer.state_dict(),
+            "arrivals": self._arrivals,
+            "payloads": self._payloads,
+            "codec": self._codec.state_dict(),
+            "records": self._records,
+            "evaluations": self._evaluations,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self._descent.optimizer.load_state_dict(state["optimizer"])
+        self._arrivals, self._payloads = state["arrivals"], state["payloads"]
+        self._codec.load_state_dict(state["codec"])
+        self._records, self._evaluations = state["records"], state["evaluations"]
+
+
+def _work(experiment: Experiment, codec: SchemeCodec, gradients: Gradients, seed: int) -> Work:
+    plan = codec.slices[0].plan
+    blocks = checked_partitions(plan, len(experiment.dataset), experiment.partitions, seed)
+    size = experiment.batch_size
+    if size is None or experiment.sampling == "partition":
+        return PartitionWork(gradients, codec, blocks, plan.partition_fractions, batch_size=size, seed=seed)
+    if len(codec.slices) > 1:
+        raise ConfigError("batch_size: expected None or sampling='partition' with a BlockPlan, whose slices differ")
+    try:
+        return WorkerWork(gradients, plan, blocks, batch_size=size, seed=seed, exact_every=experiment.exact_every)
+    except PlanError as error:
+        raise PlanError(f"{error}; or simulate it with sampling='partition'") from error
+
+
+def _arrivals(experiment: Experiment, codec: SchemeCodec, seed: int, *, ideal: bool) -> Arrivals:
+    delays = DelaySource(experiment.delays, experiment.workers, seed)
+    if experiment.rule is None or ideal:
+        deadline_s = None if ideal else experiment.deadline_s
+        return IndependentRounds(delays, deadline_s, codec.active, _slice_ends(codec))
+    prior = 1.0 - codec.slices[0].plan.straggle_probs
+    return JobRounds(delays, experiment.rule, codec.active, prior, log_steps=Limits().log_steps)
+
+
+def _slice_ends(codec: SchemeCodec) -> Floats:
+    """Return at which multiples of its delay a worker is through with each slice; 1 for payloads in one piece.
+
+    A delay is the time for one partition's whole gradient; slice i costs load_i partitions' gradients of its x_i of
+    the coordinates (`block_coordinate`).
+    """
+    if len(codec.slices) == 1:
+        return np.ones(1)
+    scheme = codec.scheme
+    assert isinstance(scheme, BlockPlan)
+    return np.asarray(np.cumsum([x * plan.load for x, plan in zip(scheme.fractions, scheme.plans)]))
