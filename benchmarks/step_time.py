@@ -73,12 +73,12 @@ def instrument(state: qgc.QGCState) -> dict[str, float]:
 
         setattr(owner, name, call)
 
-    state._joined()
-    timed(state._flat, "gather", "gather")
-    timed(state._flat, "encode", "encode")
-    timed(state._flat, "decode", "take results")
-    timed(state, "_receive", "wait and take results")
-    timed(state, "_finish", "hook, after the last bucket")
+    exchange = state._steps.joined()
+    timed(exchange.flat, "gather", "gather")
+    timed(exchange.flat, "encode", "encode")
+    timed(exchange.flat, "decode", "take results")
+    timed(exchange, "receive", "wait and take results")
+    timed(exchange, "finish", "hook, after the last bucket")
     return seconds
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +17,10 @@ from typing import Any
 import torch
 import torch._dynamo  # imported before forking: each child would spend seconds on it
 import torch.distributed as dist
+
+from torch_qgc.aggregator import Aggregator
+from torch_qgc.serve import serve
+from torch_qgc.transport import MonotonicClock, ZmqServer
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -42,6 +47,36 @@ def run_ranks(
         assert outcome.error is None, f"rank {rank} failed:\n{outcome.error}"
         assert outcome.exitcode == 0, f"rank {rank} ended with {outcome.exitcode}"
     return [outcome.value for outcome in outcomes]
+
+
+@contextlib.contextmanager
+def aggregators(count: int = 1) -> Iterator[tuple[str, ...]]:
+    """Serve `count` jobs, one after the other or at once; yield the endpoint of each job's aggregator.
+
+    Forked from this process, which costs nothing; QGCState starts a new interpreter for its own.
+    """
+    processes, endpoints = [], []
+    for _ in range(count):
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_aggregator_main, args=(sender,), daemon=True)
+        process.start()
+        processes.append(process)
+        endpoints.append(receiver.recv())
+    try:
+        yield tuple(endpoints)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _aggregator_main(sender: Connection) -> None:
+    torch.set_num_threads(1)
+    transport = ZmqServer("tcp://127.0.0.1:*", max_message_bytes=64 << 20)
+    sender.send(transport.endpoint)
+    aggregator, clock = Aggregator(), MonotonicClock()
+    serve(aggregator, transport, clock)
+    transport.close()
 
 
 def _start(function: Callable[..., Any], rank: int, ranks: int, store: str, args: tuple[Any, ...]) -> Any:

@@ -143,6 +143,26 @@ def test_accumulation_takes_several_batches_per_step() -> None:
     assert (len(loader), loader.steps, seen, state.step) == (10, 5, 8, 5)
 
 
+def test_states_of_one_loop_are_brought_to_the_same_step_by_waiting() -> None:
+    plan = plan_of()
+    first, second = State(plan, late=frozenset({3, 9})), State(plan, late=frozenset({5}))
+    waited: list[tuple[int, int]] = []
+    for state, number in ((first, 1), (second, 2)):
+
+        def await_step(end_step: int, state: State = state, number: int = number) -> None:
+            waited.append((number, state.step))
+            state.step = end_step
+
+        state.await_step = await_step  # type: ignore[attr-defined]
+    loader = make_loader(first, TensorDataset(torch.arange(120)), batch_size=4, together=[second])
+    for _ in loader:
+        assert first.step == second.step
+        first.step += 1
+        second.step += 1
+    assert waited == [(2, 3), (1, 5), (2, 9)]  # the last one after the loop's last batch
+    assert first.step == second.step == 10
+
+
 def test_a_loop_that_makes_no_steps_is_told_so() -> None:
     loader = make_loader(State(plan_of()), TensorDataset(torch.arange(120)), batch_size=4)
     with pytest.raises(ConfigError, match="accumulate=n"):

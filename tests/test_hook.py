@@ -87,13 +87,13 @@ def late_job(rank: int, late: str, optimizer: str, downlink_bits: int, aggregato
         update = state.update
     rng = np.random.default_rng(7)
     digests: dict[int, str] = {}
-    original = state._verify
+    original = state._steps._verify
 
     def verify() -> None:  # called at every step boundary, replayed steps included
         digests[state.step] = state.layout.parameter_digest()
         original()
 
-    state._verify = verify  # type: ignore[method-assign]
+    state._steps._verify = verify  # type: ignore[method-assign]
     slept = 0
     with closing(state):
         for x, y in loader:
@@ -416,7 +416,7 @@ def crashing_job(rank: int, how: str) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     report = state.report()
-    pids = [child.pid for child in state._children]
+    pids = [child.pid for child in state._steps._children]
     state.close()
     return report.steps, report.contributions, pids
 
@@ -442,7 +442,7 @@ dist.init_process_group("gloo")
 model = DDP(torch.nn.Linear(10, 1))
 state = qgc.QGCState(model, deadline_s=None)
 model.register_comm_hook(state, qgc.qgc_hook)
-os.write(1, f"children {[c.pid for c in state._children]} {os.getpid()}\\n".encode())
+os.write(1, f"children {[c.pid for c in state._steps._children]} {os.getpid()}\\n".encode())
 for step in range(100000):
     model(torch.randn(4, 10)).sum().backward()
     if step == 3:

@@ -16,13 +16,21 @@ from torch_qgc.errors import ConfigError
 if TYPE_CHECKING:
     from torch_qgc.planner import Plan
 
-__all__ = ["CodedLoader", "CodedSampler", "make_loader", "random_partitions"]
+__all__ = ["CodedLoader", "CodedSampler", "checked_partitions", "looping", "make_loader", "random_partitions"]
 
 
 class Stepper(Protocol):
     """What the loader needs of QGCState."""
 
-    step: int
+    workers: int
+
+    @property
+    def step(self) -> int:
+        """The step that is made next, or is being made."""
+
+    @property
+    def may_be_late(self) -> bool:
+        """Steps may close without this worker."""
 
     @property
     def in_step(self) -> bool:
@@ -33,6 +41,9 @@ class Stepper(Protocol):
 
     def catch_up(self, end_step: int) -> None:
         """Replay the steps below end_step that closed without this worker."""
+
+    def await_step(self, end_step: int) -> None:
+        """Replay the steps below end_step, waiting until they have closed."""
 
 
 def random_partitions(num_samples: int, num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
@@ -71,6 +82,7 @@ class CodedSampler(Sampler[list[int]]):
         self.batch_size, self.batches = batch_size, batches
         self._seed, self._worker = seed, worker
         self.epoch = 0
+        self.skip = 0  # batches left out at the beginning, which a run before a checkpoint has had
         held = [(np.asarray(block, dtype=np.int64), prob) for prob, block in zip(probs, partitions) if prob > 0]
         self._indices = np.concatenate([block for block, _ in held] or [np.zeros(0, dtype=np.int64)])
         self._probs = np.concatenate([np.full(len(block), prob / len(block)) for block, prob in held] or [np.zeros(0)])
@@ -95,7 +107,7 @@ class CodedSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.draws()
-        for start in range(0, len(draws), self.batch_size):
+        for start in range(self.skip * self.batch_size, len(draws), self.batch_size):
             yield draws[start : start + self.batch_size].tolist()
 
     def __len__(self) -> int:
@@ -107,12 +119,32 @@ class CodedLoader:
 
     Every rank's loop ends at the same step, so what follows it (evaluation, checkpoints, collectives) lines up.
     A late rank sees fewer batches than `len(loader)`.
+
+    Args:
+        state: whose steps these are.
+        loader: batches of this worker's share.
+        sampler: the loader's.
+        accumulate: batches per step.
+        together: other states whose models make as many steps in the same loop.
+        seed: of the random numbers that the loader's processes start with; None leaves the loader's generator alone.
     """
 
-    def __init__(self, state: Stepper, loader: DataLoader[Any], sampler: CodedSampler, accumulate: int) -> None:
-        self._state, self._loader, self._accumulate = state, loader, accumulate
+    def __init__(
+        self,
+        state: Stepper,
+        loader: DataLoader[Any],
+        sampler: CodedSampler,
+        accumulate: int,
+        *,
+        together: Sequence[Stepper] = (),
+        seed: int | None = None,
+    ) -> None:
+        self._state, self._loader, self._accumulate, self._seed = state, loader, accumulate, seed
+        self.states = (state, *together)
         self.sampler = sampler
         self.steps = len(sampler) // accumulate
+        self._resume_at = 0  # steps of the epoch that were made before a checkpoint
+        self._epoch_start: int | None = None  # the state's step at which the epoch's step 0 was, or would have been
 
     @property
     def dataset(self) -> Any:
@@ -121,29 +153,85 @@ class CodedLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; without it each iteration is the next one."""
+        if epoch != self.sampler.epoch:
+            self._resume_at, self._epoch_start = 0, None
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        self._state.check_replayable()
-        end_step = self._state.step + self.steps
+        for state in self.states:
+            state.check_replayable()
+        done = self.steps_done if self._epoch_start is None or self.steps_done == self._resume_at else 0
+        self._resume_at, self._epoch_start = done, self._state.step - done
+        starts = [state.step - done for state in self.states]
+        self.sampler.skip = done * self._accumulate
+        if self._seed is not None and self._loader.generator is not None:
+            self._loader.generator.manual_seed(self._seed + self.sampler.epoch)
         batches = iter(self._loader)
-        while True:
-            if not self._state.in_step:  # between two micro-batches of one step there is nothing to catch up
-                self._state.catch_up(end_step)
-                if self._state.step >= end_step:
-                    break
-            try:
-                yield next(batches)
-            except StopIteration:
-                raise ConfigError(
-                    f"the loader gave all {len(self)} batches of the epoch but only step {self._state.step} of "
-                    f"{end_step} was made: expected one backward pass per {self._accumulate} batches; "
-                    "for gradient accumulation with no_sync() say how many: state.loader(..., accumulate=n)"
-                ) from None
+        _looping.append(self)
+        try:
+            while self._caught_up(starts) < self.steps:
+                try:
+                    yield next(batches)
+                except StopIteration:
+                    raise ConfigError(
+                        f"the loader gave all {len(self)} batches of the epoch but only step {self._state.step} "
+                        f"of {starts[0] + self.steps} was made: expected one backward pass per {self._accumulate} "
+                        "batches; "
+                        "for gradient accumulation with no_sync() say how many: state.loader(..., accumulate=n)"
+                    ) from None
+        finally:
+            _looping.remove(self)
         self.sampler.set_epoch(self.sampler.epoch + 1)
+        self._resume_at, self._epoch_start = 0, None
+
+    def _caught_up(self, starts: Sequence[int]) -> int:
+        """Replay what closed without this worker; return the steps of the epoch that all states have made."""
+        if any(state.in_step for state in self.states):
+            return 0  # between two micro-batches of one step there is nothing to catch up
+        for state, start in zip(self.states, starts):
+            state.catch_up(start + self.steps)
+        most = max(state.step - start for state, start in zip(self.states, starts))
+        for state, start in zip(self.states, starts):
+            if state.step < start + most:
+                state.await_step(start + most)
+        return most
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the epoch that were made so far."""
+        if self._epoch_start is None:
+            return self._resume_at
+        return min(self._state.step - self._epoch_start, self.steps)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position: the epoch, and the samples that all workers together have drawn in it."""
+        return {"epoch": self.sampler.epoch, "samples": self.steps_done * self._samples_per_step}
+
+    def load_state_dict(self, position: dict[str, int]) -> None:
+        """Go on from a position, of a run with any number of workers; before the loop.
+
+        With other workers or another batch size the position is rounded down to whole steps: some samples are drawn
+        again rather than left out. Batches that are skipped are not loaded; random numbers that the data set itself
+        takes (augmentation) are torch's, and not part of the position.
+        """
+        self.sampler.set_epoch(int(position["epoch"]))
+        self._epoch_start = None
+        self._resume_at = min(int(position["samples"]) // self._samples_per_step, self.steps)
+
+    @property
+    def _samples_per_step(self) -> int:
+        return self._state.workers * self.sampler.batch_size * self._accumulate
+
+
+_looping: list[CodedLoader] = []
+
+
+def looping() -> Sequence[CodedLoader]:
+    """Return the loaders over which this process is iterating."""
+    return _looping
 
 
 def make_loader(
@@ -153,6 +241,7 @@ def make_loader(
     batch_size: int,
     partitions: Sequence[Sequence[int]] | None = None,
     accumulate: int = 1,
+    together: Sequence[Any] = (),
     seed: int = 0,
     **kwargs: Any,
 ) -> CodedLoader:
@@ -165,6 +254,7 @@ def make_loader(
         partitions: N lists of sample indices, one per partition of the plan, for data that cannot move; a random
             permutation of the data set is cut into N equal blocks if None.
         accumulate: batches per step, for gradient accumulation with no_sync().
+        together: the QGCStates of other models that make as many steps in the same loop, one per `accumulate` batches.
         seed: of the permutation and of the draws.
         **kwargs: any argument of torch's DataLoader that is not about sampling.
     Raises:
@@ -184,7 +274,7 @@ def make_loader(
     if batch_size < 1 or accumulate < 1:
         raise ConfigError(f"expected batch_size >= 1 and accumulate >= 1, got {batch_size} and {accumulate}")
     plan: Plan = state.plan
-    blocks = _checked_partitions(plan, len(dataset), partitions, seed)
+    blocks = checked_partitions(plan, len(dataset), partitions, seed)
     samples = sum(len(block) for block in blocks)
     steps = math.ceil(samples / (plan.num_workers * batch_size * accumulate))
     probs = plan.partition_probabilities(state.rank)
@@ -196,14 +286,27 @@ def make_loader(
             f"worker {state.rank} has no share of the data in this plan (it is always late, or was given no bits): "
             "start the job without it, or make the plan with allow_drop=False"
         )
-    generator = torch.Generator().manual_seed(seed)
-    kwargs.setdefault("generator", generator)
-    return CodedLoader(state, DataLoader(dataset, batch_sampler=sampler, **kwargs), sampler, accumulate)
+    own_generator = kwargs.get("generator") is None
+    if own_generator:
+        kwargs["generator"] = torch.Generator()
+    return CodedLoader(
+        state,
+        DataLoader(dataset, batch_sampler=sampler, **kwargs),
+        sampler,
+        accumulate,
+        together=together,
+        seed=seed if own_generator else None,
+    )
 
 
-def _checked_partitions(
+def checked_partitions(
     plan: Plan, num_samples: int, partitions: Sequence[Sequence[int]] | None, seed: int
 ) -> list[NDArray[np.int64]]:
+    """Return the plan's N index lists: those given, checked, or a random permutation cut into blocks.
+
+    Raises:
+        ConfigError: they do not fit the plan or the data set.
+    """
     if partitions is None:
         if num_samples < plan.num_partitions:
             raise ConfigError(

@@ -41,7 +41,7 @@ class RoundDecoder:
     ) -> tuple[NDArray[np.int64], list[memoryview]]:
         """Decode a round.
 
-            ghat = sum over payloads i of c_k(i) Q(h_i),   c_k = m_k / r_k        (docs/architecture.md)
+            ghat = sum over payloads i of c_k(i) Q(h_i),   c_k = m_k / r_k        (docs/runtime.md)
 
         Args:
             arrivals: the round's payloads in decode order (by worker, then by the step they were made for).

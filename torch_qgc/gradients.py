@@ -36,9 +36,11 @@ class FlatGradient:
         self._missing = [chunk.numel for chunk in layout.chunks]
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def gather(self, slot: Slot, gradient: torch.Tensor) -> list[Chunk]:
-        """Copy one parameter's gradient to its place; return the chunks that are complete now."""
-        self._own[slot.span].view(slot.shape).copy_(gradient)
+    def gather(self, slot: Slot, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> list[Chunk]:
+        """Copy one parameter's gradient to its place, divided by scale; return the chunks that are complete now."""
+        place = self._own[slot.span].view(slot.shape).copy_(gradient)
+        if scale is not None:
+            place.div_(scale)
         complete = []
         for index, covered in self.layout.chunks_under(slot):
             self._missing[index] -= covered
@@ -94,6 +96,11 @@ class FlatGradient:
     def view(self, slot: Slot, track: int = 0) -> torch.Tensor:
         """Return a parameter's part of a decoded track, fp32, in the parameter's shape; valid until the next step."""
         return self.tracks[track][slot.span].view(slot.shape)
+
+    def put(self, slot: Slot, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Write a parameter's decoded gradient, times scale, to where the optimizer looks for it."""
+        gradient.copy_(self.view(slot))
+        return gradient if scale is None else gradient.mul_(scale)
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,9 @@ class Layout:
                 "parameters must not be added, replaced or unfrozen after QGCState(model) was made"
             ) from None
 
+    def __contains__(self, parameter: object) -> bool:
+        return id(parameter) in self._slot_of
+
     def chunks_under(self, slot: Slot) -> Sequence[tuple[int, int]]:
         """Return (chunk index, coordinates of it that the slot covers) for every chunk the slot touches."""
         first, last = slot.offset // self.chunk_numel, (slot.offset + slot.numel - 1) // self.chunk_numel

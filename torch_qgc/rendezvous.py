@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_qgc.errors import ConfigError, QGCError
+from torch_qgc.layout import Layout
 from torch_qgc.serve import AggregatorProcess
 
-__all__ = ["Network", "check_model", "gather", "start_aggregators"]
+__all__ = ["Network", "check_model", "check_step", "gather", "start_aggregators"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,26 @@ def check_model(model: Any) -> DistributedDataParallel:
             stacklevel=3,
         )
     return model
+
+
+def check_step(model: DistributedDataParallel, layout: Layout, frozen: Sequence[torch.nn.Parameter]) -> None:
+    """Refuse what can change between steps and then does not work.
+
+    Args:
+        frozen: parameters that needed no gradient when the layout was made.
+    Raises:
+        ConfigError: names the remedy.
+    """
+    if getattr(getattr(model, "_join_config", None), "enable", False):
+        raise ConfigError(
+            "Join makes every rank wait for every other in each forward pass, and would count exhausted ranks as zero "
+            "gradients: leave it out, state.loader(...) gives every rank's loop the same number of steps"
+        )
+    if any(p.requires_grad for p in frozen) or not all(p.requires_grad for p in layout.parameters):
+        raise ConfigError(
+            "requires_grad of a parameter was changed after QGCState(model), whose layout is fixed, like DDP's: close "
+            "the state, make DDP and QGCState again and hand the state_dict on"
+        )
 
 
 def gather(process_group: dist.ProcessGroup | None, value: Any) -> list[Any]:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 __all__ = ["Report"]
 
+PRIOR_ROUNDS, MEMORY_ROUNDS = 8, 128  # as of torch_qgc.planner.rates.ArrivalRates
+
 
 @dataclass(kw_only=True)
 class Report:
@@ -20,6 +22,8 @@ class Report:
         computed_steps: steps for which this worker computed a gradient.
         replayed_steps: steps that closed without it and that it replayed.
         late_steps: computed steps that had closed before this worker's last chunk was out.
+        rates: [K] payloads of each worker per round lately (an average that forgets over some 128 steps), without the
+            steps that waited for all; at first what the plan expects.
         contribution_sums: [K] payloads of each worker that entered the rounds of these steps.
         bytes_sent, bytes_received: by this worker, headers included.
         wait_s: seconds the training thread waited for results.
@@ -36,11 +40,24 @@ class Report:
     bytes_received: int = 0
     wait_s: float = 0.0
     rejections: tuple[str, ...] = ()
+    rates: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     contribution_sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    _rated_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.contribution_sums.size == 0:
             self.contribution_sums = np.zeros(self.workers)
+        if self.rates.size == 0:
+            self.rates = np.ones(self.workers)
+
+    def note(self, contributions: NDArray[np.float64], *, waited_for_all: bool) -> None:
+        """Enter an applied step: [K] payloads of each worker per chunk."""
+        self.steps += 1
+        self.contribution_sums += contributions
+        if not waited_for_all:
+            self._rated_steps += 1
+            weight = 1.0 / min(PRIOR_ROUNDS + self._rated_steps, MEMORY_ROUNDS)
+            self.rates = self.rates + weight * (contributions - self.rates)
 
     @property
     def contributions(self) -> NDArray[np.float64]:

@@ -118,7 +118,8 @@ def decode_sum(
     if native.library() is None:
         _decode_with_torch(payloads, coefficients, out, second_coefficients, second_out, accumulate)
         return
-    held = [np.frombuffer(memoryview(payload.buffer), dtype=np.uint8) for payload in payloads]  # keeps the memory in place
+    # Arrays keep the memory in place until the sums are made.
+    held = [np.frombuffer(memoryview(payload.buffer), dtype=np.uint8) for payload in payloads]
     native.decode_sum(
         [array.ctypes.data for array in held],
         [payload.bits for payload in payloads],

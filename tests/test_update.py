@@ -1,0 +1,140 @@
+"""The update: unscale, clip, step, schedule, clear, in this order, on all that was bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from torch_qgc.errors import ConfigError
+from torch_qgc.layout import Layout
+from torch_qgc.update import Update
+
+
+class Case:
+    """A model with an update, and what the update has told the state."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(3, 2)
+        self.factors: list[float] = []
+        self.refuses = False
+        layout = Layout(self.model.named_parameters(), chunk_numel=512)
+        self.update = Update(layout, lambda factor: self.factors.append(float(factor)), self.check)
+
+    def check(self) -> None:
+        if self.refuses:
+            raise ConfigError("no gradient was exchanged")
+
+    def fill(self, value: float) -> None:
+        for p in self.model.parameters():
+            p.grad = torch.full_like(p, value)
+
+
+def sgd(parameters: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def test_clipping_scales_the_second_track_by_the_factor_of_the_gradients() -> None:
+    case = Case()
+    case.update.bind(sgd(case.model.parameters()), max_grad_norm=0.5)
+    before = [p.detach().clone() for p in case.model.parameters()]
+    case.fill(2.0)
+    case.update.call()
+    norm = 2.0 * 8**0.5  # of 8 coordinates
+    assert case.factors == [pytest.approx(0.5 / norm, rel=1e-5)]
+    for p, old in zip(case.model.parameters(), before):
+        torch.testing.assert_close(old - p, torch.full_like(p, 2.0 * case.factors[0]))
+    case.fill(0.01)
+    case.update.call()
+    assert case.factors[1] == 1.0
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+def test_several_optimizers_are_clipped_by_one_norm_and_all_stepped_and_scheduled() -> None:
+    case = Case()
+    optimizers = [sgd([p]) for p in case.model.parameters()]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, gamma) for o, gamma in zip(optimizers, (0.5, 0.1))]
+    case.update.bind(optimizers, scheduler=schedulers, max_grad_norm=0.5)
+    case.fill(2.0)
+    case.update.call()
+    assert case.factors == [pytest.approx(0.5 / (2.0 * 8**0.5), rel=1e-5)]
+    assert [o.param_groups[0]["lr"] for o in optimizers] == [0.5, 0.1]
+
+
+def test_the_scaler_unscales_before_clipping_and_skips_what_is_not_finite() -> None:
+    case = Case()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    case.update.bind(sgd(case.model.parameters()), scaler=scaler, max_grad_norm=100.0)
+    scale = case.update.loss_scale()
+    assert scale is not None
+    assert float(scale) == 64.0
+    before = [p.detach().clone() for p in case.model.parameters()]
+    case.fill(64.0)
+    case.update.call()
+    for p, old in zip(case.model.parameters(), before):
+        torch.testing.assert_close(old - p, torch.ones_like(p))
+    case.fill(torch.inf)
+    case.update.call()
+    assert scaler.get_scale() == 32.0
+    assert case.factors[0] == 1.0
+    disabled = Case()
+    disabled.update.bind(sgd(disabled.model.parameters()), scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert disabled.update.loss_scale() is None
+    disabled.fill(1.0)
+    disabled.update.call()
+
+
+def test_one_attached_optimizer_is_the_update_and_two_must_be_bound() -> None:
+    case = Case()
+    assert not case.update.known
+    with pytest.raises(ConfigError, match=r"got none: .*state\.bind\(optimizer"):
+        _ = case.update.call
+    first, second = (sgd([p]) for p in case.model.parameters())
+    case.update.attach(first)
+    assert case.update.known
+    case.update.attach(second)
+    assert not case.update.known
+    with pytest.raises(ConfigError, match="got 2 coded optimizers"):
+        _ = case.update.call
+    case.update.bind([first, second])
+    case.fill(1.0)
+    case.update.call()
+    assert case.update.known
+
+
+def test_what_was_set_by_hand_wins() -> None:
+    case = Case()
+    calls: list[int] = []
+    case.update.attach(sgd(case.model.parameters()))
+    case.update.set(lambda: calls.append(1))
+    case.update.call()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "word"),
+    [
+        ([], {}, "got none"),
+        (None, {}, "got none"),
+        ("own", {"max_grad_norm": 0.0}, "positive norm"),
+        ("foreign", {}, "its own state"),
+    ],
+)
+def test_bad_arguments_are_refused(optimizer: Any, options: dict[str, Any], word: str) -> None:
+    case = Case()
+    made = {"own": sgd(case.model.parameters()), "foreign": sgd(torch.nn.Linear(3, 2).parameters())}
+    with pytest.raises(ConfigError, match=word):
+        case.update.bind(made.get(optimizer) if isinstance(optimizer, str) else optimizer, **options)
+
+
+def test_no_step_is_made_on_a_gradient_that_was_not_exchanged() -> None:
+    case = Case()
+    case.update.bind(sgd(case.model.parameters()))
+    before = [p.detach().clone() for p in case.model.parameters()]
+    case.fill(1.0)
+    case.refuses = True
+    with pytest.raises(ConfigError):
+        case.update.call()
+    assert all(torch.equal(p, old) for p, old in zip(case.model.parameters(), before))
