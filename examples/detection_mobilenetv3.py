@@ -1,7 +1,7 @@
 """Train a detector on four unequal workers, one of them slow, in three ways, and compare.
 
     python examples/detection_mobilenetv3.py              three jobs, then a table, two figures and a report
-    python examples/detection_mobilenetv3.py --all        with variants of torch_qgc, too
+    python examples/detection_mobilenetv3.py --all        with variants of torch_qgc and torch's hooks
     python examples/detection_mobilenetv3.py --quick      a minute or two: everything runs, little is learnt
 
 All jobs see the same data, seeds and delays: DDP's all-reduce, which waits for the slow worker; DDP that
@@ -11,18 +11,21 @@ that torch_qgc asks for stand next to those they replace.
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from detection import delays
+from common import checkpoint
+from common.journal import Journal
+from common.launcher import JobError
+from common.packages import DownloadError
+from common.result import collect
+from common.schedule import warmup_cosine
+from common.ways import Way
 from detection.data import CocoImages, collate, held_by_workers
-from detection.journal import JobResult, Journal, RankResult, parameter_hash
-from detection.launcher import JobError
 from detection.model import build_model
-from detection.packages import DownloadError
 from detection.settings import JOBS, VARIANTS, Settings
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
@@ -49,26 +52,33 @@ def train(s: Settings) -> None:
 
     model = build_model(len(data.categories) + 1, backbone=s.backbone, size=s.size)
     model = DistributedDataParallel(model)
-    state = None
+    state, way = None, None
     if s.variant.coded:
         state = qgc.QGCState(model, plan=make_plan(s, held), deadline_s=s.deadline_s, late=s.variant.late)
         model.register_comm_hook(state, qgc.qgc_hook)
         loader = state.loader(data, batch_size=s.batch_size, partitions=held, collate_fn=collate, seed=s.seed)
         optimizer = qgc.CodedAdam(model.parameters(), state, lr=s.lr)
     else:
+        way = Way(s.variant.way, model)  # torch's hooks, in the variants
         own = Subset(data, held[rank])
         loader = DataLoader(own, batch_size=s.batch_size, shuffle=True, collate_fn=collate)
         optimizer = torch.optim.Adam(model.parameters(), lr=s.lr)
-    scheduler = LambdaLR(optimizer, s.learning_rate_curve(total_steps))
+    scheduler = LambdaLR(optimizer, warmup_cosine(total_steps, warmup_fraction=s.warmup_fraction))
     if state:
         state.bind(optimizer, scheduler=scheduler)  # so that a late worker can replay what it missed
+    done = checkpoint.restore(s.folder, model.module, optimizer, scheduler, state) if s.resume else {}
 
     dist.barrier()
-    journal = Journal(s.folder, rank, every=max(1, total_steps // s.snapshots))
-    for _ in range(epochs):
+    every = max(1, total_steps // s.snapshots)
+    journal = Journal(s.folder, rank, every=every, step=done.get("step", 0), elapsed_s=done.get("elapsed_s", 0.0))
+    wall_s = journal.elapsed_s
+    for epoch in range(done.get("epochs", 0), epochs):
+        if state:
+            loader.set_epoch(epoch)  # also after a resume
         for images, targets in loader:
-            step = state.step if state else journal.computed
-            delays.wait(rank, step, seed=s.seed)
+            step = state.step if state else journal.step
+            journal.begin()
+            s.delays.wait(rank, step)
             loss = sum(model(images, targets).values())
             loss.backward()
             if state:
@@ -77,12 +87,17 @@ def train(s: Settings) -> None:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            journal.write(step + 1, loss.item(), model.module)
-    wall_s = journal.elapsed_s
+            journal.write(step + 1, loss.item(), model.module, waited_s=state.report().wait_s if state else 0.0)
+        wall_s = journal.elapsed_s
+        done = {"epochs": epoch + 1, "step": (epoch + 1) * len(loader), "elapsed_s": wall_s}
+        checkpoint.save(s.folder, model.module, optimizer, scheduler, state, **done)
 
     if state:
         state.sync_buffers()  # BatchNorm's statistics, for the evaluation
-    finish(s, model.module, journal, wall_s, state)
+    result = collect(s.job, model.module, journal, wall_s, state=state, bytes_per_step=way and way.bytes_per_step)
+    if rank == 0:
+        torch.save(model.module.state_dict(), s.folder / "model.pt")
+        result.save(s.folder)
     if state:
         state.close()
     dist.destroy_process_group()
@@ -92,31 +107,10 @@ def make_plan(s: Settings, held: list[list[int]]) -> qgc.Plan:
     """Plan who sends how many bits, and which data he answers for."""
     if s.variant.decoder == "uncorrected":  # equal shares, and nobody is expected to be late
         return qgc.make_plan(np.zeros(s.workers), bits_per_coordinate=s.variant.bits, decoder="uncorrected")
-    late = delays.missed_rounds(s.deadline_s, COMPUTE_S)
+    late = s.delays.missed_rounds(s.deadline_s, COMPUTE_S)
     own = {"placement": np.eye(s.workers, dtype=bool)} if s.variant.placement == "local" else {}
     sizes = [len(part) for part in held]
     return qgc.make_plan(late, bits_per_coordinate=s.variant.bits, partition_sizes=sizes, noise_ratio=1.0, **own)
-
-
-def finish(s: Settings, model: torch.nn.Module, journal: Journal, wall_s: float, state: Any) -> None:
-    """Gather what the ranks have to say, and write it and the trained model."""
-    numel = sum(p.numel() for p in model.parameters())
-    report = state.report() if state else None
-    # Gloo's ring sends every gradient 2 (K-1)/K times; computed, since gloo does not count.
-    ring_bytes = 2 * (s.workers - 1) / s.workers * 4 * numel
-    mine = RankResult(
-        wall_s=wall_s,
-        steps=report.steps if report else journal.computed,
-        computed_steps=journal.computed,
-        bytes_sent_per_step=report.bytes_sent_per_step if report else ring_bytes,
-        parameter_hash=parameter_hash(model),
-    )
-    ranks: list[Any] = [None] * s.workers
-    dist.all_gather_object(ranks, mine)
-    if dist.get_rank() == 0:
-        contributions = report.contributions.tolist() if report else [1.0] * s.workers
-        torch.save(model.state_dict(), s.folder / "model.pt")
-        JobResult(job=s.job, numel=numel, ranks=ranks, contributions=contributions).save(s.folder)
 
 
 @app.command("train")
@@ -130,7 +124,7 @@ def compare(
     context: typer.Context,
     steps: Annotated[int, typer.Option(help="Updates per job, rounded to whole epochs.")] = Settings.steps,
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two: very few steps.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Train the variants of torch_qgc, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Train the variants, too.")] = False,
     job: Annotated[list[str] | None, typer.Option(help=f"Only this job: {', '.join(JOBS | VARIANTS)}.")] = None,
     data: Annotated[Literal["digits", "trees", "coco"], typer.Option(help="What to detect.")] = "digits",
     root: Annotated[Path | None, typer.Option(help="COCO-format directory, with --data coco.")] = None,
@@ -144,6 +138,7 @@ def compare(
     lr: Annotated[float, typer.Option(help="Adam's peak learning rate.")] = Settings.lr,
     seed: Annotated[int, typer.Option()] = Settings.seed,
     out: Annotated[Path, typer.Option(help="Where logs, figures and the report go.")] = Path("demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
 ) -> None:
     """Train in three ways on the same data, seeds and delays, and compare."""
     if context.invoked_subcommand is not None:
@@ -166,6 +161,7 @@ def compare(
         deadline_s=deadline_s,
         lr=lr,
         seed=seed,
+        resume=resume,
     )
     chosen = job or list(JOBS | VARIANTS if everything else JOBS)
     from detection import comparison, rendering  # not above: matplotlib would cost each worker a second

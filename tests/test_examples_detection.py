@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import zipfile
 from pathlib import Path
 
@@ -18,15 +17,17 @@ pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+import detection_mobilenetv3 as demo
+from common import packages, schedule
+from common.result import JobResult
+from detection import evaluation, plots, rendering
+from detection.data import CocoImages, collate, held_by_workers, labels_only_at, partition
+from detection.model import build_model
+from detection.settings import JOBS, SHIFT_S, SLOW_WORKER, VARIANTS, Settings
+from example_ranks import as_under_torchrun
+from harness import run_ranks
 
-from detection import delays, evaluation, packages, plots, rendering  # noqa: E402
-from detection.data import CocoImages, collate, held_by_workers, labels_only_at, partition  # noqa: E402
-from detection.model import build_model  # noqa: E402
-from detection.settings import JOBS, VARIANTS, Settings  # noqa: E402
-
-SLOW_DIGITS = rendering.SITE_DIGITS[delays.SLOW_WORKER]
+SLOW_DIGITS = rendering.SITE_DIGITS[SLOW_WORKER]
 
 
 def digit_pictures(split: str, count: int, seed: int = 0) -> list[rendering.Picture]:
@@ -175,10 +176,10 @@ def test_partitions_cover_the_data_without_overlap(digits: Path, placement: str)
 def test_data_that_stay_where_they_are_keep_some_digits_at_the_slow_worker(digits: Path) -> None:
     data = CocoImages(digits, "train")
     local = partition(data, 4, placement="local", seed=0)
-    only = labels_only_at(data, local, delays.SLOW_WORKER)
+    only = labels_only_at(data, local, SLOW_WORKER)
     assert [data.categories[label - 1] for label in only] == [str(digit) for digit in SLOW_DIGITS]
     shuffled = partition(data, 4, placement="shuffled", seed=0)
-    assert labels_only_at(data, shuffled, delays.SLOW_WORKER) == []
+    assert labels_only_at(data, shuffled, SLOW_WORKER) == []
 
 
 def test_all_workers_hold_equally_many_whole_batches(digits: Path) -> None:
@@ -272,7 +273,7 @@ def test_the_large_model_at_320_pixels_is_torchvisions() -> None:
 
 
 def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
-    factor = Settings(data=Path(), folder=Path(), warmup_fraction=0.1).learning_rate_curve(100)
+    factor = schedule.warmup_cosine(100, warmup_fraction=0.1)
     values = [factor(step) for step in range(100)]
     assert values[0] == pytest.approx(0.1)
     assert np.argmax(values) == 9
@@ -290,18 +291,39 @@ def test_settings_survive_the_way_to_the_workers(tmp_path: Path) -> None:
 
 
 def test_delays_are_the_same_for_every_job_and_follow_the_model() -> None:
-    slow = [delays.delay_s(delays.SLOW_WORKER, step, seed=0) for step in range(2000)]
-    assert slow == [delays.delay_s(delays.SLOW_WORKER, step, seed=0) for step in range(2000)]
-    assert min(slow) >= delays.SHIFT_S[delays.SLOW_WORKER]
+    delays = Settings(data=Path(), folder=Path(), job="ddp").delays
+    slow = [delays.seconds(SLOW_WORKER, step) for step in range(2000)]
+    again = Settings(data=Path(), folder=Path(), job="qgc").delays
+    assert slow == [again.seconds(SLOW_WORKER, step) for step in range(2000)]
+    assert min(slow) >= SHIFT_S[SLOW_WORKER]
     cycles_s = np.maximum(0.25, np.array(slow) + 0.1)
     expected = 1 - 0.25 / cycles_s.mean()
     # The mean cycle has a standard error of 0.70 / sqrt(2000) = 0.016 of 0.90 s.
-    assert delays.missed_rounds(0.25, 0.1)[delays.SLOW_WORKER] == pytest.approx(expected, abs=0.03)
+    assert delays.missed_rounds(0.25, 0.1)[SLOW_WORKER] == pytest.approx(expected, abs=0.03)
     assert delays.missed_rounds(0.05, 0.1)[0] == pytest.approx(1 - 0.05 / 0.11)  # never in time
-    assert delays.delay_s(0, 0, seed=0) != delays.delay_s(0, 0, seed=1)
+    assert delays.seconds(0, 0) != dataclasses.replace(delays, seed=1).seconds(0, 0)
 
 
 def test_detections_are_drawn(digits: Path, tmp_path: Path) -> None:
     model = build_model(11, size=64)
     plots.detections({"untrained": model}, CocoImages(digits, "val"), tmp_path / "boxes.png", count=2)
     assert (tmp_path / "boxes.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------------------------- the jobs
+def train_twice(rank: int, settings: Settings) -> None:
+    """Train for one epoch of one step, then resume for another."""
+    for steps, resume in ((1, False), (2, True)):
+        with as_under_torchrun():
+            demo.train(dataclasses.replace(settings, steps=steps, resume=resume))
+
+
+@pytest.mark.parametrize("job", ["qgc", pytest.param("ddp_powersgd", marks=pytest.mark.slow)])
+def test_a_detector_trains_and_goes_on_from_its_checkpoint(digits: Path, tmp_path: Path, job: str) -> None:
+    settings = Settings(data=digits, folder=tmp_path, job=job, size=64, batch_size=20, warmup_fraction=0.5)
+    run_ranks(train_twice, settings, ranks=4)
+    found = JobResult.load(tmp_path)
+    assert [rank.steps for rank in found.ranks] == [2] * 4
+    assert found.ranks[0].computed_steps == 2  # as its journal says, which the second run goes on with
+    assert len({rank.parameter_hash for rank in found.ranks}) == 1
+    assert (tmp_path / "model.pt").exists()

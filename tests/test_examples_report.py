@@ -15,11 +15,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from detection import delays, journal, launcher, plots, report  # noqa: E402
-from detection.settings import JOBS, VARIANTS, Settings  # noqa: E402
+from common import journal, launcher, plots, result
+from detection import report
+from detection.settings import JOBS, SLOW_WORKER, VARIANTS, Settings
+from example_ranks import EXAMPLES
 
 
 def test_a_tail_returns_each_whole_line_once(tmp_path: Path) -> None:
@@ -58,7 +57,7 @@ def test_the_parameter_hash_sees_every_bit() -> None:
 
 def outcome(job: str, wall_s: float, hashes: list[str], computed: list[int]) -> report.Outcome:
     ranks = [
-        journal.RankResult(
+        result.RankResult(
             wall_s=wall_s, steps=100, computed_steps=count, bytes_sent_per_step=2**19, parameter_hash=text
         )
         for count, text in zip(computed, hashes)
@@ -66,7 +65,7 @@ def outcome(job: str, wall_s: float, hashes: list[str], computed: list[int]) -> 
     shares = [count / 100 for count in computed]
     curve = [(50, wall_s / 2, 4.0), (100, wall_s, 2.0)]
     return report.Outcome(
-        result=journal.JobResult(job=job, numel=2**18, ranks=ranks, contributions=shares),
+        result=result.JobResult(job=job, numel=2**18, ranks=ranks, contributions=shares),
         title=(JOBS | VARIANTS)[job].title,
         curve=curve,
         ap50=0.4,
@@ -80,7 +79,7 @@ def test_the_report_says_what_the_logs_say(tmp_path: Path) -> None:
     ddp = outcome("ddp", 40.0, ["aa"] * 4, [100] * 4)
     qgc = outcome("qgc", 20.0, ["bb"] * 3 + ["cc"], [100, 100, 100, 35])
     qgc.result.save(tmp_path)
-    assert journal.JobResult.load(tmp_path) == qgc.result
+    assert result.JobResult.load(tmp_path) == qgc.result
     rows = dict(report.rows([ddp, qgc], ["8", "9"]))
     assert rows["wall time"] == ["40 s", "20 s"]
     assert rows["time per step"] == ["400 ms", "200 ms"]
@@ -101,7 +100,7 @@ def test_the_loss_before_the_first_model_is_unknown() -> None:
 
 
 def test_the_loss_is_drawn(tmp_path: Path) -> None:
-    plots.loss_vs_time([outcome("ddp", 40.0, ["a"] * 4, [100] * 4)], tmp_path / "loss.png")
+    plots.curves({"loss": {"DDP": outcome("ddp", 40.0, ["a"] * 4, [100] * 4).curve}}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -110,12 +109,13 @@ def test_a_failed_job_names_its_first_error_and_leaves_no_process(tmp_path: Path
 
     script = tmp_path / "broken.py"
     script.write_text("import sys\nraise RuntimeError('no camera in ' + sys.argv[1])\n")
-    settings = Settings(data=tmp_path, folder=tmp_path / "ddp", job="ddp", workers=1)
     with (
         launcher.progress_bar(Console(quiet=True)) as progress,
         pytest.raises(launcher.JobError, match=r"RuntimeError: no camera in train(.|\n)*log\.txt"),
     ):
-        launcher.launch(script, settings, 10, progress)
+        launcher.launch(
+            [str(script), "train"], tmp_path / "ddp", workers=1, title="DDP", total_steps=10, progress=progress
+        )
 
 
 @pytest.mark.slow
@@ -128,10 +128,10 @@ def test_the_quick_demo_runs_end_to_end(tmp_path: Path) -> None:
     for name in ("loss_vs_time.png", "detections.png", "report.md"):
         assert (tmp_path / "demo" / name).stat().st_size > 500
     for job in JOBS:
-        result = journal.JobResult.load(tmp_path / "demo" / job)
-        assert {rank.steps for rank in result.ranks} == {24}
-        assert len({rank.parameter_hash for rank in result.ranks}) == 1
-    coded = journal.JobResult.load(tmp_path / "demo" / "qgc")
+        ranks = result.JobResult.load(tmp_path / "demo" / job).ranks
+        assert {rank.steps for rank in ranks} == {24}
+        assert len({rank.parameter_hash for rank in ranks}) == 1
+    coded = result.JobResult.load(tmp_path / "demo" / "qgc")
     fp32_bytes = 4 * coded.numel
     assert np.mean([rank.bytes_sent_per_step for rank in coded.ranks]) < fp32_bytes / 6  # 4 bits of 32, and scales
-    assert coded.ranks[delays.SLOW_WORKER].computed_steps < 24  # it was late, and replayed
+    assert coded.ranks[SLOW_WORKER].computed_steps < 24  # it was late, and replayed

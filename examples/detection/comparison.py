@@ -1,21 +1,24 @@
 """Run the jobs one after the other, then judge their models by the same images."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from common import closing, journal
+from common.launcher import launch, progress_bar
+from common.plots import curves
+from common.result import JobResult
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from torch import nn
 
-from detection import delays, evaluation, journal, plots, report
+from detection import evaluation, plots, report
 from detection.data import CocoImages, held_by_workers, labels_only_at
-from detection.journal import JobResult
-from detection.launcher import launch, progress_bar
 from detection.model import build_model
 from detection.report import Outcome
-from detection.settings import Settings
+from detection.settings import SLOW_WORKER, Settings
 
 VAL_IMAGES = 200  # for AP50
 LOSS_IMAGES = 64  # for each point of the loss curve; evaluated after the jobs, so it costs them no time
@@ -29,25 +32,42 @@ def run(script: Path, shared: Settings, jobs: Sequence[str], console: Console) -
     _, total_steps = shared.schedule(len(held[0]))
     with progress_bar(console) as progress:
         results = [
-            launch(
-                script,
-                dataclasses.replace(shared, job=job, folder=shared.folder / job),
-                total_steps,
-                progress,
-            )
+            train(script, dataclasses.replace(shared, job=job, folder=shared.folder / job), total_steps, progress)
             for job in jobs
         ]
     val = CocoImages(shared.data, "val", limit=VAL_IMAGES)
-    slow_labels = labels_only_at(data, held, delays.SLOW_WORKER)
+    slow_labels = labels_only_at(data, held, SLOW_WORKER)
     outcomes = evaluate(shared, results, val, slow_labels, console)
-    plots.loss_vs_time(outcomes, shared.folder / "loss_vs_time.png")
+    curves({"validation loss": {o.title: o.curve for o in outcomes}}, shared.folder / "loss_vs_time.png")
     models = {o.title: _load(shared, val, shared.folder / o.result.job / "model.pt") for o in outcomes}
     plots.detections(models, val, shared.folder / "detections.png", count=PICTURED)
     slow_names = [val.categories[label - 1] for label in slow_labels]
     (shared.folder / "report.md").write_text(report.markdown(outcomes, shared, slow_names))
     console.print(report.table(outcomes, slow_names))
+    for outcome in outcomes:
+        if outcome.result.plan:
+            console.rule(outcome.title)
+            closing.show(outcome.result, console)
     console.print(f"Figures and report: {shared.folder}")
     return outcomes
+
+
+def train(script: Path, settings: Settings, total_steps: int, progress: Progress) -> JobResult:
+    """Train one job, or take its result if it had ended before the comparison was resumed."""
+    if not settings.resume:
+        shutil.rmtree(settings.folder, ignore_errors=True)
+    if not (settings.folder / "result.json").exists():
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        settings.save(settings.folder / "settings.json")
+        launch(
+            [str(script), "train", str(settings.folder / "settings.json")],
+            settings.folder,
+            workers=settings.workers,
+            title=settings.variant.title,
+            total_steps=total_steps,
+            progress=progress,
+        )
+    return JobResult.load(settings.folder)
 
 
 def evaluate(

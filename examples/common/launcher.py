@@ -2,18 +2,17 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from detection.journal import JobResult, Tail
-from detection.settings import Settings
+from common.journal import Tail
 
 POLL_S = 0.5
 
@@ -35,41 +34,41 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def launch(script: Path, settings: Settings, total_steps: int, progress: Progress) -> JobResult:
-    """Run `script train SETTINGS` on every worker of this machine and wait for the result.
+def launch(
+    command: Sequence[str], folder: Path, *, workers: int, title: str, total_steps: int, progress: Progress
+) -> None:
+    """Run a script and its arguments on every worker of this machine, and wait for the end.
 
+    Args:
+        command: the script's path and its arguments.
+        folder: where the ranks write their journals; gets log.txt, all that they print.
+        title, total_steps: what the progress bar shows.
     Raises:
         JobError: a worker failed; the message holds the first errors of the log.
     """
-    shutil.rmtree(settings.folder, ignore_errors=True)
-    settings.folder.mkdir(parents=True)
-    settings.save(settings.folder / "settings.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(settings.workers), str(script)]
-    command += ["train", str(settings.folder / "settings.json")]
+    folder.mkdir(parents=True, exist_ok=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     # One thread each: several threads per worker on busy cores wait for each other at every operation.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    log_path = settings.folder / "log.txt"
-    task = progress.add_task(settings.variant.title, total=total_steps, loss="-", computed="starting")
+    log_path = folder / "log.txt"
+    task = progress.add_task(title, total=total_steps, loss="-", computed="starting")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else `finally` is skipped, and workers stay
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            [*torchrun, *command], stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
-            _follow(process, settings, progress, task)
+            _follow(process, [Tail(folder / f"rank{rank}.jsonl") for rank in range(workers)], progress, task)
         finally:
             _end(process)
     if process.returncode != 0:
-        raise JobError(f"job {settings.job} ended with code {process.returncode}:\n{_errors(log_path)}")
-    return JobResult.load(settings.folder)
+        raise JobError(f"job {folder.name} ended with code {process.returncode}:\n{_errors(log_path)}")
 
 
-def _follow(process: "subprocess.Popen[bytes]", settings: Settings, progress: Progress, task: TaskID) -> None:
+def _follow(process: "subprocess.Popen[bytes]", logs: Sequence[Tail], progress: Progress, task: TaskID) -> None:
     """Show the logs' news until the job ends; the loss is the mean over workers of their newest losses."""
-    logs = [Tail(settings.folder / f"rank{rank}.jsonl") for rank in range(settings.workers)]
     losses: list[deque[float]] = [deque(maxlen=16) for _ in logs]
-    computed, step = [0] * settings.workers, 0
+    computed, step = [0] * len(logs), 0
     running = True
     while running:
         try:

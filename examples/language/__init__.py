@@ -1,0 +1,1 @@
+"""The text and the tokens of the language example."""

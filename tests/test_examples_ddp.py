@@ -1,0 +1,87 @@
+"""The DDP script before and after: both run on four processes, and the quickstart shows their exact difference."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import runpy
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from common.journal import parameter_hash
+from example_ranks import EXAMPLES, ROOT, as_under_torchrun, fetch_digits
+from harness import run_ranks
+
+SCRIPTS = EXAMPLES / "ddp"
+LATE_RANK, LATE_S = 3, 0.4  # several deadlines of after.py
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data() -> None:
+    fetch_digits()
+
+
+def run_script(rank: int, name: str) -> dict[str, Any]:
+    """Run a script for one epoch as torchrun would, with one late rank; the harness has made the process group."""
+    sys.path.insert(0, str(SCRIPTS))
+    sys.argv = [name, "1"]
+    loss = torch.nn.CrossEntropyLoss.forward
+
+    def late_loss(*args: Any) -> torch.Tensor:
+        time.sleep(LATE_S if name == "after.py" and rank == LATE_RANK else 0.0)
+        return loss(*args)
+
+    torch.nn.CrossEntropyLoss.forward = late_loss
+    with contextlib.redirect_stdout(io.StringIO()) as out, as_under_torchrun():
+        names = runpy.run_path(str(SCRIPTS / name))
+    report = names["state"].report() if "state" in names else None
+    if report:
+        names["state"].close()
+    return {
+        "printed": out.getvalue(),
+        "hash": parameter_hash(names["model"]),
+        "steps": report.steps if report else 0,
+        "replayed": report.replayed_steps if report else 0,
+        "bytes": report.bytes_sent / max(report.computed_steps, 1) / report.numel if report else 4.0,
+    }
+
+
+@pytest.mark.parametrize("name", ["before.py", "after.py"])
+def test_the_script_learns_and_its_replicas_stay_equal(name: str) -> None:
+    ranks = run_ranks(run_script, name)
+    assert len({rank["hash"] for rank in ranks}) == 1
+    printed = re.fullmatch(r"epoch 1: loss [\d.]+, validation accuracy ([\d.]+)\n", ranks[0]["printed"])
+    assert printed
+    assert float(printed[1]) > 0.5  # a tenth by guessing; 0.87 without a late rank
+    if name == "after.py":
+        assert {rank["steps"] for rank in ranks} == {32}  # 4,000 digits by 4 x 32, rounded up
+        assert ranks[LATE_RANK]["replayed"] > 0
+        assert max(rank["bytes"] for rank in ranks) < 1.0  # of the 4 that fp32 takes
+
+
+def test_the_quickstart_shows_the_difference_of_the_two_scripts() -> None:
+    before, after = ((SCRIPTS / name).read_text().splitlines() for name in ("before.py", "after.py"))
+    difference = list(difflib.unified_diff(before, after, lineterm=""))
+    (shown,) = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(), flags=re.DOTALL)
+    assert shown.splitlines() == difference[2:]  # without the files' names
+    changed = [line for line in difference[2:] if line[0] in "+-" and line[1:]]
+    assert len([line for line in changed if line.startswith("-")]) == 3  # two lines and an import changed
+    assert len([line for line in changed if line.startswith("+")]) == 5  # ... and two added
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["before.py", "after.py"])
+def test_the_script_runs_under_torchrun(name: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    finished = subprocess.run([*command, str(SCRIPTS / name)], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    accuracies = re.findall(r"epoch (\d): loss [\d.]+, validation accuracy ([\d.]+)", finished.stdout)
+    assert [epoch for epoch, _ in accuracies] == ["1", "2", "3"]
+    assert float(accuracies[-1][1]) > 0.7
