@@ -226,7 +226,7 @@ def detects_like_sgd(tables: Tables, quantizer: str) -> Iterator[Finding]:
 def others_detect_worse(tables: Tables, quantizer: str) -> Iterator[Finding]:
     """Every other code has a lower average precision than ours."""
     means = detection_means(tables, quantizer)
-    for scheme in means.keys() & set(CODES):
+    for scheme in (code for code in CODES if code in means):
         theirs, ours = means[scheme], means["qgc"]
         text = f"{label(scheme)}: AP50 {theirs['ap50']:.2f}, score of the best box {theirs['top_score']:.2f}"
         yield Finding(text, theirs["ap50"] < ours["ap50"])

@@ -34,7 +34,7 @@ def picture(experiments: Experiments, out: Path, data_dir: Path, path: Path) -> 
         return False
     task = load_task(files[0][0].workload.task, data_dir)
     image, target = task.pictures[chosen.picture]
-    found: dict[str, Mapping[str, Tensor]] = {"people's boxes": target}
+    found: dict[str, Mapping[str, Tensor]] = {"true boxes": target}
     for job, file in files:
         network = task.build()
         network.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))

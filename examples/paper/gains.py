@@ -35,7 +35,7 @@ def in_short(tables: Tables) -> str:
             ]
             lines.append(
                 "- Where every worker has a batch of the same size, as in a training job, the final loss over the "
-                f"ideal's is, with the max norm and {bits:g} bits: {', '.join(at)}."
+                f"ideal's is, with the max norm and {bits:g} bits: {'; '.join(at)}."
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 
