@@ -9,7 +9,10 @@ export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all check docs format clean
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard torch_qgc/kernels/*.cpp torch_qgc/kernels/*.h)
+# The editable install lists the package's files, so a file that comes or goes (it touches its folder) renews it.
+FOLDERS := $(shell find torch_qgc -type d -not -name __pycache__)
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(FOLDERS) $(wildcard torch_qgc/kernels/*.cpp torch_qgc/kernels/*.h)
 	test -x $(PYTHON) || $(SYSTEM_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
 from typer import Option
 
-from torch_qgc.strategy import QGCStrategy
+from torch_qgc.lightning import QGCStrategy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import Job, make_spec, peer_of, simple_plan
+from helpers.simulated import Job, make_spec, peer_of, simple_plan
 
-from torch_qgc import wire
-from torch_qgc.aggregator import Aggregator
+from torch_qgc.aggregator.job import Aggregator
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import Plan, make_plan
+from torch_qgc.protocol import messages
 
 # Unequal in every respect: lateness, bits (chosen by the planner), and gradients.
 PROBS = [0.05, 0.2, 0.35, 0.6]
@@ -159,7 +159,7 @@ def test_a_dead_worker_is_not_waited_for_and_its_share_is_spread() -> None:
     job.last_step = 8
     for worker in job.workers:
         job.net.at(0.0, worker.hello)
-    from torch_qgc.serve import serve
+    from torch_qgc.aggregator.process import serve
 
     serve(job.aggregator, job.net, job.net, stop=lambda: all(w.step >= 8 for w in job.workers[:2]))
     torch.testing.assert_close(job.decoded[2], g.mean(0), rtol=1e-6, atol=1e-6)
@@ -231,33 +231,33 @@ def test_a_worker_about_to_fall_off_the_log_is_waited_for() -> None:
 class Talk:
     """Say single messages to an aggregator and see its answers."""
 
-    def __init__(self, plan: Plan, spec: wire.JobSpec) -> None:
+    def __init__(self, plan: Plan, spec: messages.JobSpec) -> None:
         self.aggregator, self.plan, self.spec = Aggregator(), plan, spec
 
-    def say(self, peer: bytes, message: wire.FromWorker | bytes, *rest: Any) -> list[wire.FromAggregator]:
-        header = message if isinstance(message, bytes) else wire.encode_message(message)
+    def say(self, peer: bytes, message: messages.FromWorker | bytes, *rest: Any) -> list[messages.FromAggregator]:
+        header = message if isinstance(message, bytes) else messages.encode_message(message)
         self.aggregator.receive(peer, [header, *rest], now=0.0)
-        return [wire.decode_from_aggregator(f[0]) for p, f in self.aggregator.drain() if p == peer]
+        return [messages.decode_from_aggregator(f[0]) for p, f in self.aggregator.drain() if p == peer]
 
-    def join(self, worker: int, peer: bytes | None = None, **changes: Any) -> list[wire.FromAggregator]:
+    def join(self, worker: int, peer: bytes | None = None, **changes: Any) -> list[messages.FromAggregator]:
         spec = make_spec(self.plan, **changes) if changes else self.spec
-        hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=worker, step=0, spec=spec)
+        hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=worker, step=0, spec=spec)
         return self.say(peer or peer_of(worker), hello, *([self.plan.to_json().encode()] if worker == 0 else []))
 
     def push(
         self, worker: int, step: int = 0, chunk: int = 0, bits: int = 4, cut: int = 0
-    ) -> list[wire.FromAggregator]:
+    ) -> list[messages.FromAggregator]:
         encoded = encode(torch.randn(512), bits, key=derive_key(0, step, worker))
         payload = bytes(encoded.to_buffer())
-        return self.say(peer_of(worker), wire.Push(step, chunk, bits, 0.0, 0.0), payload[: len(payload) - cut])
+        return self.say(peer_of(worker), messages.Push(step, chunk, bits, 0.0, 0.0), payload[: len(payload) - cut])
 
 
 @pytest.fixture
 def talk() -> Talk:
     plan = simple_plan(3)
     talk = Talk(plan, make_spec(plan))
-    assert isinstance(talk.join(0)[0], wire.Welcome)
-    assert isinstance(talk.join(1)[0], wire.Welcome)
+    assert isinstance(talk.join(0)[0], messages.Welcome)
+    assert isinstance(talk.join(1)[0], messages.Welcome)
     return talk
 
 
@@ -273,10 +273,10 @@ def talk() -> Talk:
 )
 def test_a_worker_of_another_job_is_refused_by_name(talk: Talk, changes: dict[str, Any], named: str) -> None:
     (answer,) = talk.join(2, **changes)
-    assert isinstance(answer, wire.Refusal)
+    assert isinstance(answer, messages.Refusal)
     assert named in answer.text
     assert next(iter(changes)) in answer.text
-    assert isinstance(talk.join(2)[0], wire.Welcome)  # the job goes on
+    assert isinstance(talk.join(2)[0], messages.Welcome)  # the job goes on
 
 
 def test_workers_may_come_before_worker_zero() -> None:
@@ -284,50 +284,50 @@ def test_workers_may_come_before_worker_zero() -> None:
     talk = Talk(plan, make_spec(plan))
     for worker in (3, 1, 2):
         assert talk.join(worker) == []
-    hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
-    talk.aggregator.receive(peer_of(0), [wire.encode_message(hello), plan.to_json().encode()], now=0.0)
+    hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
+    talk.aggregator.receive(peer_of(0), [messages.encode_message(hello), plan.to_json().encode()], now=0.0)
     welcomed = {
         peer
         for peer, frames in talk.aggregator.drain()
-        if isinstance(wire.decode_from_aggregator(frames[0]), wire.Welcome)
+        if isinstance(messages.decode_from_aggregator(frames[0]), messages.Welcome)
     }
     assert welcomed == {peer_of(k) for k in range(4)}
 
 
 def test_a_duplicate_worker_is_refused(talk: Talk) -> None:
     (answer,) = talk.join(1, peer=b"another")
-    assert isinstance(answer, wire.Refusal)
+    assert isinstance(answer, messages.Refusal)
     assert "already in this job" in answer.text
 
 
 def test_a_worker_number_out_of_range_is_refused(talk: Talk) -> None:
     (answer,) = talk.join(3)
-    assert isinstance(answer, wire.Refusal)
+    assert isinstance(answer, messages.Refusal)
     assert "below 3, got 3" in answer.text
 
 
 def test_another_protocol_version_is_refused(talk: Talk) -> None:
-    hello = wire.Hello(version=99, worker=2, step=0, spec=talk.spec)
+    hello = messages.Hello(version=99, worker=2, step=0, spec=talk.spec)
     (answer,) = talk.say(b"old", hello)
-    assert isinstance(answer, wire.Refusal)
+    assert isinstance(answer, messages.Refusal)
     assert "same version of torch_qgc" in answer.text
 
 
 def test_worker_zero_without_a_valid_plan_is_refused() -> None:
     plan = simple_plan(3)
     talk = Talk(plan, make_spec(plan))
-    hello = wire.Hello(version=wire.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
+    hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
     for rest in ([], [b"no json"], [b"{}"], [make_plan([0.1] * 4).to_json().encode()]):
         (answer,) = talk.say(b"w", hello, *rest)
-        assert isinstance(answer, wire.Refusal), rest
+        assert isinstance(answer, messages.Refusal), rest
         assert "plan" in answer.text
-    assert isinstance(talk.join(0)[0], wire.Welcome)
+    assert isinstance(talk.join(0)[0], messages.Welcome)
 
 
 def test_a_log_too_small_for_the_model_is_refused_with_the_remedy() -> None:
     plan = simple_plan(3)
     (answer,) = Talk(plan, make_spec(plan, log_bytes=4096)).join(0)
-    assert isinstance(answer, wire.Refusal)
+    assert isinstance(answer, messages.Refusal)
     assert "log_bytes" in answer.text
 
 
@@ -340,24 +340,24 @@ def test_bad_payloads_are_rejected_and_counted(talk: Talk) -> None:
     }
     for word, answers in cases.items():
         (answer,) = answers
-        assert isinstance(answer, wire.Rejected), word
+        assert isinstance(answer, messages.Rejected), word
         assert word in answer.text
         assert "expected" in answer.text or "cannot" in answer.text
     assert talk.push(0) == []
     (answer,) = talk.push(0)
-    assert isinstance(answer, wire.Rejected)
+    assert isinstance(answer, messages.Rejected)
     assert "second payload" in answer.text
     assert talk.aggregator.stats["bad_messages"] == 5
 
 
 def test_beginning_a_step_of_the_future_is_rejected(talk: Talk) -> None:
-    (answer,) = talk.say(peer_of(0), wire.Begin(7))
-    assert isinstance(answer, wire.Rejected)
+    (answer,) = talk.say(peer_of(0), messages.Begin(7))
+    assert isinstance(answer, messages.Rejected)
 
 
 def test_a_stranger_is_asked_to_introduce_itself(talk: Talk) -> None:
-    (answer,) = talk.say(b"stranger", wire.Begin(0))
-    assert isinstance(answer, wire.Introduce)
+    (answer,) = talk.say(b"stranger", messages.Begin(0))
+    assert isinstance(answer, messages.Introduce)
 
 
 @given(data=st.binary(max_size=400), rest=st.lists(st.binary(max_size=100), max_size=3), member=st.booleans())
@@ -378,15 +378,15 @@ def test_garbage_never_crashes_the_aggregator(data: bytes, rest: list[bytes], me
 def test_replicas_that_differ_end_the_job_by_name(talk: Talk) -> None:
     talk.join(2)
     for worker, digest in enumerate(["aa", "aa", "bb"]):
-        talk.aggregator.receive(peer_of(worker), [wire.encode_message(wire.Hash(50, digest))], now=0.0)
-    failures = [wire.decode_from_aggregator(frames[0]) for _, frames in talk.aggregator.drain()]
+        talk.aggregator.receive(peer_of(worker), [messages.encode_message(messages.Hash(50, digest))], now=0.0)
+    failures = [messages.decode_from_aggregator(frames[0]) for _, frames in talk.aggregator.drain()]
     assert len(failures) == 3
-    assert all(isinstance(f, wire.Failed) and "[2]" in f.text and "step 50" in f.text for f in failures)
+    assert all(isinstance(f, messages.Failed) and "[2]" in f.text and "step 50" in f.text for f in failures)
 
 
 def test_a_fault_on_one_worker_reaches_all(talk: Talk) -> None:
     talk.join(2)
-    talk.aggregator.receive(peer_of(1), [wire.encode_message(wire.Fault(4, "boom"))], now=0.0)
-    told = {peer: wire.decode_from_aggregator(frames[0]) for peer, frames in talk.aggregator.drain()}
+    talk.aggregator.receive(peer_of(1), [messages.encode_message(messages.Fault(4, "boom"))], now=0.0)
+    told = {peer: messages.decode_from_aggregator(frames[0]) for peer, frames in talk.aggregator.drain()}
     assert set(told) == {peer_of(k) for k in range(3)}
     assert all("worker 1 failed at step 4: boom" in message.text for message in told.values())  # type: ignore[union-attr]

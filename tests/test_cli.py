@@ -184,10 +184,11 @@ def test_aggregator_runs_until_it_is_told_to_stop() -> None:
 
 
 def test_aggregator_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch_qgc import serve
+
+    from torch_qgc.aggregator import process
 
     seen: list[Any] = []
-    monkeypatch.setattr(serve, "main", lambda argv: seen.extend(argv) or 0)
+    monkeypatch.setattr(process, "main", lambda argv: seen.extend(argv) or 0)
     options = ["--bind", "tcp://0.0.0.0:7000", "--index", "1", "--count", "3", "--threads", "2"]
     options += ["--max-message-mib", "8", "--insecure"]
     assert qgc("aggregator", *options).exit_code == 0

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from torch_qgc.data import CodedLoader, CodedSampler, make_loader, random_partitions
+from torch_qgc.ddp.loader import CodedLoader, CodedSampler, make_loader, random_partitions
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, make_plan
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
-from torch_qgc import wire
+from torch_qgc.protocol import messages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,17 +114,19 @@ def test_scripts_have_the_options_that_pages_use() -> None:
 
 
 def test_the_wire_page_names_every_message_and_field() -> None:
-    page = (ROOT / "docs" / "wire.md").read_text()
+    page = (ROOT / "docs" / "messages.md").read_text()
     rows = {
         row.split("|")[1].strip().strip("`"): row.split("|")[2] for row in page.splitlines() if row.startswith("| `")
     }
-    messages = {m.__struct_config__.tag: m for union in (wire.FromWorker, wire.FromAggregator) for m in get_args(union)}
-    assert rows.keys() == messages.keys()
-    for tag, message in messages.items():
+    tagged = {
+        m.__struct_config__.tag: m for union in (messages.FromWorker, messages.FromAggregator) for m in get_args(union)
+    }
+    assert rows.keys() == tagged.keys()
+    for tag, message in tagged.items():
         assert re.findall(r"`(\w+)`", rows[tag]) == [field.encode_name for field in msgspec.structs.fields(message)]
-    for field in wire.JobSpec.__struct_fields__:
+    for field in messages.JobSpec.__struct_fields__:
         assert f"`{field}`" in page
-    assert f"Protocol version {wire.PROTOCOL_VERSION}" in page
+    assert f"Protocol version {messages.PROTOCOL_VERSION}" in page
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:

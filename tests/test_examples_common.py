@@ -18,7 +18,7 @@ from common.result import JobResult, RankResult, ring_bytes, waiting_s
 from common.settings import BatchSize, EvalEvery, LearningRate, Out, Settings, SlowShiftS, SlowWaitS, Steps
 from common.stretch import Stretch
 from common.ways import TITLES, Way
-from harness import run_ranks
+from helpers.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from typer import Option
 from typer.testing import CliRunner

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from common.journal import parameter_hash
-from example_ranks import EXAMPLES, ROOT, as_under_torchrun, fetch_digits
-from harness import run_ranks
+from helpers.example_ranks import EXAMPLES, ROOT, as_under_torchrun, fetch_digits
+from helpers.ranks import run_ranks
 
 SCRIPTS = EXAMPLES / "ddp"
 LATE_RANK, LATE_S = 3, 0.4  # several deadlines of after.py

@@ -24,8 +24,8 @@ from detection import evaluation, plots, rendering
 from detection.data import CocoImages, collate, held_by_workers, labels_only_at, partition
 from detection.model import build_model
 from detection.settings import JOBS, SHIFT_S, SLOW_WORKER, VARIANTS, Settings
-from example_ranks import as_under_torchrun
-from harness import run_ranks
+from helpers.example_ranks import as_under_torchrun
+from helpers.ranks import run_ranks
 
 SLOW_DIGITS = rendering.SITE_DIGITS[SLOW_WORKER]
 

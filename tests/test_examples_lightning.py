@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import run_ranks
+from helpers.ranks import run_ranks
 
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from common import journal, launcher, plots, result
 from detection import report
 from detection.settings import JOBS, SLOW_WORKER, VARIANTS, Settings
-from example_ranks import EXAMPLES
+from helpers.example_ranks import EXAMPLES
 
 
 def test_a_tail_returns_each_whole_line_once(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from example_ranks import DATA, ROOT, fetch_digits
-from harness import run_ranks
+from helpers.example_ranks import DATA, ROOT, fetch_digits
+from helpers.ranks import run_ranks
 
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")

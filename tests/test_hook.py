@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from helpers.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 

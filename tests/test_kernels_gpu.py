@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, KINDS, assert_statistics_equal, run_encode, same_bits, values_of
+from helpers.kernel_cases import DTYPES, KINDS, assert_statistics_equal, run_encode, same_bits, values_of
 
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode, payload_bytes, reference, report
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, KINDS, assert_statistics_equal, run_encode, same_bits, values_of
+from helpers.kernel_cases import DTYPES, KINDS, assert_statistics_equal, run_encode, same_bits, values_of
 
 from torch_qgc.kernels import Encoded, derive_key, native, ops, payload_bytes, reference
 

@@ -6,64 +6,72 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import structure
 
 import torch_qgc
 
 PACKAGE = Path(torch_qgc.__file__).parent
+GRAPH = structure.imports(PACKAGE)
 
-# A module may import what stands on a higher-numbered line only.
+# A room may import what stands on a line further down only. docs/architecture.md shows the same list.
 LAYERS = [
     ["cli"],
-    ["strategy", "simulator"],
-    ["optim"],
-    ["hook"],
-    ["steps"],
-    ["exchange", "update"],
-    ["checkpoint", "data", "rendezvous", "report", "settings"],
-    ["gradients", "serve"],
-    ["worker", "aggregator", "layout"],
-    ["decoder", "resultlog", "roster", "rounds"],
-    ["transport", "wire", "schemes"],
+    ["lightning", "simulator"],
+    ["ddp"],
+    ["worker", "aggregator"],
+    ["job"],
+    ["protocol"],
+    ["schemes"],
     ["planner", "kernels"],
     ["errors"],
 ]
-DEPTH = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
+DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Modules of the package (first component) that a file imports when it runs."""
-    found = set()
-
-    class Visitor(ast.NodeVisitor):
-        def visit_If(self, node: ast.If) -> None:
-            if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
-                self.generic_visit(node)
-
-        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-            if node.module and node.module.startswith("torch_qgc."):
-                found.add(node.module.split(".")[1])
-            elif node.module == "torch_qgc":
-                found.update(alias.name for alias in node.names)
-
-        def visit_Import(self, node: ast.Import) -> None:
-            for alias in node.names:
-                if alias.name.startswith("torch_qgc."):
-                    found.add(alias.name.split(".")[1])
-
-    Visitor().visit(ast.parse(path.read_text()))
-    return found
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down(path: Path) -> None:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    room = parts[0]
-    if room in ("__init__", "__main__"):
-        return
+@pytest.mark.parametrize("module", sorted(set(GRAPH) - {""}))
+def test_imports_point_down(module: str) -> None:
+    """Also those in functions, under TYPE_CHECKING, and relative ones."""
+    room = structure.room_of(module)
     assert room in DEPTH, f"{room} has no place in the layer list"
-    for imported in imports_of(path):
-        if imported != room:
-            assert DEPTH[imported] > DEPTH[room], f"{room} must not import {imported}"
+    for imported in GRAPH[module]:
+        other = structure.room_of(imported)
+        assert other == room or DEPTH[other] > DEPTH[room], f"{module} must not import {imported}"
+
+
+def test_no_files_import_each_other() -> None:
+    assert structure.circle(GRAPH) is None
+
+
+def test_the_architecture_page_shows_the_same_layers() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    tree = page.split("```")[1].split()
+    drawn = [[word.rstrip("/,") for word in line.split("#")[0].split()] for line in page.split("```")[1].splitlines()]
+    assert tree
+    assert [rooms for rooms in drawn if rooms] == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch_qgc.job.rounds", {"job.rounds"}),
+        ("from torch_qgc import job", {"job"}),
+        ("from torch_qgc.job import rounds", {"job.rounds"}),
+        ("from torch_qgc.job.rounds import Round", {"job.rounds"}),
+        ("from . import exchange", {"worker.exchange"}),
+        ("from ..job import rounds", {"job.rounds"}),
+        ("from ..job.rounds import Round", {"job.rounds"}),
+        ("if TYPE_CHECKING:\n    from torch_qgc.job.rounds import Round", {"job.rounds"}),
+        ("def f():\n    from torch_qgc.job import rounds", {"job.rounds"}),
+        ("import torch, numpy as np\nfrom torch_qgc_other import job", set()),
+    ],
+)
+def test_every_kind_of_import_is_seen(tmp_path: Path, source: str, found: set[str]) -> None:
+    package = tmp_path / "torch_qgc"
+    for name in ("__init__", "job/__init__", "job/rounds", "worker/__init__", "worker/exchange", "worker/probe"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text("")
+    (package / "worker" / "probe.py").write_text(source)
+    assert structure.imports(package)["worker.probe"] == found
 
 
 def test_planner_knows_nothing_about_torch() -> None:
@@ -74,7 +82,7 @@ def test_planner_knows_nothing_about_torch() -> None:
             assert not any(name.split(".")[0] == "torch" for name in names), path
 
 
-@pytest.mark.parametrize("module", ["serve", "planner", "schemes", "cli.app"])
+@pytest.mark.parametrize("module", ["aggregator.process", "planner", "schemes", "cli.app"])
 def test_aggregator_and_planner_run_without_torch(module: str) -> None:
     code = f"import sys, torch_qgc.{module}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

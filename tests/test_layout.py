@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.layout import BLOCK, Layout
+from torch_qgc.worker.layout import BLOCK, Layout
 
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=8)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import BATCH, STEPS, Witness, check_replicas, coded, dataset, fall_behind, job, mlp, mse, run
+from helpers.loops import BATCH, STEPS, Witness, check_replicas, coded, dataset, fall_behind, job, mlp, mse, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 

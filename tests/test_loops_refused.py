@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import BATCH, coded, dataset, mlp, mse, run
+from helpers.loops import BATCH, coded, dataset, mlp, mse, run
 
 import torch_qgc as qgc
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import aggregators, run_ranks
-from loops import BATCH, LATE, RANKS, Witness, coded, dataset, fall_behind, job, mlp
+from helpers.ranks import aggregators, run_ranks
+from helpers.loops import BATCH, LATE, RANKS, Witness, coded, dataset, fall_behind, job, mlp
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
-from torch_qgc.checkpoint import Checkpoint
-from torch_qgc.data import CodedLoader, make_loader
+from torch_qgc.ddp.loader import CodedLoader, make_loader
 from torch_qgc.planner import Plan, make_plan
+from torch_qgc.worker.checkpoint import Checkpoint
 
 EPOCHS, STEPS_PER_EPOCH = 3, 6
 

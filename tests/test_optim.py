@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD, _unhooked, two_track_adam
 from torch_qgc.errors import ConfigError
-from torch_qgc.optim import CodedAdam, CodedAdamW, CodedSGD, _unhooked, two_track_adam
 
 
 class State:

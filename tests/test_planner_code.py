@@ -16,7 +16,7 @@ from torch_qgc.planner import (
     segment_weights,
     split_components,
 )
-from torch_qgc.planner.code import error_factors
+from torch_qgc.planner.shares import error_factors
 
 
 @st.composite

@@ -17,7 +17,7 @@ from scipy import optimize, sparse
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan, PlanOptions, make_plan, quantization_variance
-from torch_qgc.planner.code import error_factors
+from torch_qgc.planner.shares import error_factors
 
 REFERENCE = [0.05, 0.08, 0.12, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.rates import ArrivalRates
+from torch_qgc.job.rates import ArrivalRates
 
 
 def time_average(contributions: np.ndarray, prior: float) -> float:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.rounds import ClosingRule, Round
+from torch_qgc.job.rounds import ClosingRule, Round
 
 WORKERS = st.frozensets(st.integers(0, 7))
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from simulation import DEADLINE_S, FEATURES, SAMPLES, decoded_gradients, delays_for, partition_gradients, task
+from helpers.simulation import DEADLINE_S, FEATURES, SAMPLES, decoded_gradients, delays_for, partition_gradients, task
 from test_aggregator import assert_mean_is
 from test_schemes_codes import ALL, LATE
 from test_schemes_error import payloads
 
 from torch_qgc import schemes
-from torch_qgc.data import CodedSampler, random_partitions
+from torch_qgc.ddp.loader import CodedSampler, random_partitions
 from torch_qgc.errors import PlanError
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import Plan, make_plan

@@ -8,25 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simulated
+from helpers import simulated
 import torch
 import torch.distributed as dist
-from harness import run_ranks
-from simulation import decoded_gradients
+from helpers.ranks import run_ranks
+from helpers.simulation import decoded_gradients
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
 from torch_qgc.errors import ConfigError
+from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner import make_plan
-from torch_qgc.rounds import ClosingRule
 from torch_qgc.simulator import coding, descent, simulate
 from torch_qgc.simulator.arrivals import DelaySource, JobRounds
 
 
 # ------------------------------------------------------------------------------------- against a running job
 class Impatient(ClosingRule):
-    """Workers join every open step, as those of tests/simulated.py do."""
+    """Workers join every open step, as those of tests/helpers/simulated.py do."""
 
     def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
         return 0.0

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from harness import aggregators, run_ranks
+from helpers.ranks import aggregators, run_ranks
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import torch_qgc as qgc
@@ -37,9 +37,9 @@ from lightning.pytorch.callbacks import (  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision  # noqa: E402
 
-from torch_qgc.strategy import QGCStrategy  # noqa: E402
-from torch_qgc.strategy.loader import ReplayingLoader, Turn  # noqa: E402
-from torch_qgc.strategy.optimizers import clip_both_tracks, make_coded  # noqa: E402
+from torch_qgc.lightning import QGCStrategy  # noqa: E402
+from torch_qgc.lightning.loader import ReplayingLoader, Turn  # noqa: E402
+from torch_qgc.lightning.optimizers import clip_both_tracks, make_coded  # noqa: E402
 
 RANKS = 3
 BATCHES = 8  # per epoch and rank
@@ -515,11 +515,11 @@ def test_another_hook_is_refused() -> None:
 
 
 def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("torch_qgc.strategy")]:
+    for name in [name for name in sys.modules if name.startswith("torch_qgc.lightning")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(ImportError, match=r"torch_qgc\[lightning\]"):
-        importlib.import_module("torch_qgc.strategy")
+        importlib.import_module("torch_qgc.lightning")
 
 
 # --- the parts --------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.layout import Layout
-from torch_qgc.update import Update
+from torch_qgc.worker.layout import Layout
+from torch_qgc.worker.update import Update
 
 
 class Case:

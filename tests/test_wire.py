@@ -6,46 +6,46 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import make_spec, simple_plan
+from helpers.simulated import make_spec, simple_plan
 
-from torch_qgc import wire
 from torch_qgc.errors import ProtocolError
+from torch_qgc.protocol import messages
 
 SPEC = make_spec(simple_plan(3))
 MESSAGES = [
-    wire.Hello(version=1, worker=2, step=5, spec=SPEC),
-    wire.Begin(3),
-    wire.Push(3, 1, 4, 0.5, float("inf")),
-    wire.Fetch(2**40, 0),
-    wire.Hash(50, "ab"),
-    wire.Fault(1, "why"),
-    wire.Bye(),
+    messages.Hello(version=1, worker=2, step=5, spec=SPEC),
+    messages.Begin(3),
+    messages.Push(3, 1, 4, 0.5, float("inf")),
+    messages.Fetch(2**40, 0),
+    messages.Hash(50, "ab"),
+    messages.Fault(1, "why"),
+    messages.Bye(),
 ]
 ANSWERS = [
-    wire.Welcome(0),
-    wire.Refusal("no"),
-    wire.Introduce(),
-    wire.Started(1, 0.5),
-    wire.Result(1, 2, 32, b"\0\1"),
-    wire.Rejected("no"),
-    wire.Failed("why"),
-    wire.Ping(),
+    messages.Welcome(0),
+    messages.Refusal("no"),
+    messages.Introduce(),
+    messages.Started(1, 0.5),
+    messages.Result(1, 2, 32, b"\0\1"),
+    messages.Rejected("no"),
+    messages.Failed("why"),
+    messages.Ping(),
 ]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
-def test_a_workers_message_survives(message: wire.FromWorker) -> None:
-    assert wire.decode_from_worker(wire.encode_message(message)) == message
+def test_a_workers_message_survives(message: messages.FromWorker) -> None:
+    assert messages.decode_from_worker(messages.encode_message(message)) == message
 
 
 @pytest.mark.parametrize("message", ANSWERS, ids=lambda m: type(m).__name__)
-def test_an_aggregators_message_survives(message: wire.FromAggregator) -> None:
-    assert wire.decode_from_aggregator(wire.encode_message(message)) == message
+def test_an_aggregators_message_survives(message: messages.FromAggregator) -> None:
+    assert messages.decode_from_aggregator(messages.encode_message(message)) == message
 
 
 @given(data=st.binary(max_size=2000))
 def test_garbage_is_a_protocol_error_and_nothing_else(data: bytes) -> None:
-    for decode in (wire.decode_from_worker, wire.decode_from_aggregator):
+    for decode in (messages.decode_from_worker, messages.decode_from_aggregator):
         with contextlib.suppress(ProtocolError):
             decode(data)
 
@@ -54,11 +54,11 @@ def test_garbage_is_a_protocol_error_and_nothing_else(data: bytes) -> None:
     which=st.integers(0, len(MESSAGES) - 1), at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 400)
 )
 def test_a_damaged_header_is_read_or_refused(which: int, at: int, byte: int, cut: int) -> None:
-    data = bytearray(wire.encode_message(MESSAGES[which]))
+    data = bytearray(messages.encode_message(MESSAGES[which]))
     data[at % len(data)] = byte
     with_cut = bytes(data[: len(data) - cut % len(data)])
     with contextlib.suppress(ProtocolError):
-        wire.decode_from_worker(with_cut)
+        messages.decode_from_worker(with_cut)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_a_damaged_header_is_read_or_refused(which: int, at: int, byte: int, cut
 )
 def test_values_out_of_range_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ProtocolError, match="expected a torch_qgc header"):
-        wire.decode_from_worker(msgspec.msgpack.encode(fields))
+        messages.decode_from_worker(msgspec.msgpack.encode(fields))
 
 
 def test_a_header_that_is_too_long_is_not_even_parsed() -> None:
     with pytest.raises(ProtocolError, match="at most"):
-        wire.decode_from_worker(b"\x90" * (wire.MAX_HEADER_BYTES + 1))
+        messages.decode_from_worker(b"\x90" * (messages.MAX_HEADER_BYTES + 1))
 
 
 @given(numel=st.integers(1, 10_000), chunk=st.integers(1, 9))

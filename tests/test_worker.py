@@ -14,16 +14,16 @@ import psutil
 import pytest
 import torch
 import zmq
-from simulated import make_spec, simple_plan
+from helpers.simulated import make_spec, simple_plan
 
-from torch_qgc import wire
-from torch_qgc.aggregator import Aggregator
+from torch_qgc.aggregator.job import Aggregator
+from torch_qgc.aggregator.process import AggregatorProcess, check_bind, serve
 from torch_qgc.errors import ConfigError, JobFailed, Refused
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode
 from torch_qgc.planner import Plan
-from torch_qgc.serve import AggregatorProcess, check_bind, serve
-from torch_qgc.transport import MonotonicClock, ZmqServer
-from torch_qgc.worker import Worker
+from torch_qgc.protocol import messages
+from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
+from torch_qgc.worker.connection import Worker
 
 
 class Served:
@@ -174,14 +174,19 @@ def test_garbage_on_the_port_does_not_disturb_the_job() -> None:
             with socket.create_connection((host, int(port))) as tcp, contextlib.suppress(OSError):
                 tcp.sendall(garbage)
         context, dealer = raw_dealer(served.endpoints[0])
-        for message in ([b"\xc1garbage"], [b"", b"", b""], [b"x" * 100_000], [wire.encode_message(wire.Begin(0))]):
+        for message in (
+            [b"\xc1garbage"],
+            [b"", b"", b""],
+            [b"x" * 100_000],
+            [messages.encode_message(messages.Begin(0))],
+        ):
             dealer.send_multipart(message)
         answers = []
         while len(answers) < 4:
             assert dealer.poll(10_000)
-            answers.append(wire.decode_from_aggregator(dealer.recv_multipart()[0]))
+            answers.append(messages.decode_from_aggregator(dealer.recv_multipart()[0]))
         assert [type(a).__name__ for a in answers] == ["Rejected", "Rejected", "Rejected", "Introduce"]
-        assert all("another program" in a.text for a in answers[:3] if isinstance(a, wire.Rejected))
+        assert all("another program" in a.text for a in answers[:3] if isinstance(a, messages.Rejected))
         context.destroy(linger=0)
         for worker in workers:
             worker.begin(0)

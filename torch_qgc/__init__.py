@@ -6,6 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD
+    from torch_qgc.ddp.rendezvous import Network
+    from torch_qgc.ddp.settings import Limits
+    from torch_qgc.ddp.state import QGCState, qgc_hook
     from torch_qgc.errors import (
         CodecError,
         ConfigError,
@@ -15,11 +19,7 @@ if TYPE_CHECKING:
         QGCError,
         Refused,
     )
-    from torch_qgc.hook import QGCState, qgc_hook
-    from torch_qgc.optim import CodedAdam, CodedAdamW, CodedSGD
     from torch_qgc.planner import Plan, make_plan
-    from torch_qgc.rendezvous import Network
-    from torch_qgc.settings import Limits
 
 __version__ = "0.1.0"
 
@@ -44,11 +44,11 @@ __all__ = [
 
 # Imported when first asked for: an aggregator and `qgc plan` need no torch, which takes seconds to load.
 _MODULES = {
-    "hook": ("QGCState", "qgc_hook"),
-    "optim": ("CodedAdam", "CodedAdamW", "CodedSGD"),
+    "ddp.state": ("QGCState", "qgc_hook"),
+    "ddp.optim": ("CodedAdam", "CodedAdamW", "CodedSGD"),
     "planner": ("Plan", "make_plan"),
-    "rendezvous": ("Network",),
-    "settings": ("Limits",),
+    "ddp.rendezvous": ("Network",),
+    "ddp.settings": ("Limits",),
     "errors": ("CodecError", "ConfigError", "JobFailed", "PlanError", "ProtocolError", "QGCError", "Refused"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

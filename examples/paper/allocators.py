@@ -10,7 +10,7 @@ import numpy as np
 from paper.config import Allocation, Cluster
 from torch_qgc.planner import allocate_bits, quantization_variance
 from torch_qgc.planner.bits import Method
-from torch_qgc.planner.code import error_factors
+from torch_qgc.planner.shares import error_factors
 
 METHODS: tuple[Method, ...] = ("exact", "dp", "low_complexity", "greedy", "relaxation", "equal")
 LABELS = {

@@ -16,7 +16,7 @@ from torch_qgc.cli.delays import straggle_probs_from
 from torch_qgc.cli.reporting import reporting
 from torch_qgc.cli.simulate import simulate
 from torch_qgc.planner import make_plan
-from torch_qgc.planner.design import PlanOptions
+from torch_qgc.planner.make import PlanOptions
 
 __all__ = ["app"]
 
@@ -98,7 +98,8 @@ def aggregator(
     ] = False,
 ) -> None:
     """Run an aggregator that workers dial in to, until their job is finished."""
-    from torch_qgc import serve
+
+    from torch_qgc.aggregator import process
 
     if not 0 <= index < count:
         typer.echo(f"qgc: index: expected a number in [0, {count}), got {index}: count aggregators from 0", err=True)
@@ -106,7 +107,7 @@ def aggregator(
     arguments = ["--bind", bind, "--index", str(index), "--count", str(count), "--threads", str(threads)]
     arguments += ["--max-message-mib", str(max_message_mib)] + ["--insecure"] * insecure
     with reporting():
-        status = serve.main(arguments)
+        status = process.main(arguments)
     raise typer.Exit(status)
 
 

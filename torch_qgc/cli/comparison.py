@@ -12,7 +12,7 @@ from torch_qgc import schemes
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan, PlanOptions
 from torch_qgc.planner.checks import Floats
-from torch_qgc.planner.tracks import FIXED
+from torch_qgc.planner.rules import FIXED
 
 __all__ = ["Row", "compare"]
 

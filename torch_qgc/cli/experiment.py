@@ -14,9 +14,9 @@ import numpy as np
 from torch_qgc import schemes
 from torch_qgc.cli.delays import read_delays
 from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner.checks import Floats, per_worker
 from torch_qgc.planner.delays import DelayModel, Empirical, ShiftedExponential
-from torch_qgc.rounds import ClosingRule
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
 from torch_qgc.simulator import IDEAL, Experiment
 from torch_qgc.simulator.experiment import SchemeLike

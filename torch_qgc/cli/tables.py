@@ -10,7 +10,7 @@ from rich.table import Table
 
 from torch_qgc.cli.comparison import Row
 from torch_qgc.planner import Plan
-from torch_qgc.planner.code import error_factors
+from torch_qgc.planner.shares import error_factors
 
 __all__ = ["make_table", "print_comparison", "print_facts", "print_plan"]
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats
-from torch_qgc.planner.code import dense_rows
+from torch_qgc.planner.shares import dense_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch_qgc.planner.plan import Plan
-    from torch_qgc.planner.tracks import Rule
+    from torch_qgc.planner.rules import Rule
 
 __all__ = ["BASELINE_RULES", "dense_weights"]
 

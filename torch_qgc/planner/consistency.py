@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner import code, tracks
+from torch_qgc.planner import rules, shares
 from torch_qgc.planner.checks import Ints
 from torch_qgc.planner.variance import PASS_THROUGH_BITS
 
@@ -29,10 +29,10 @@ def check(plan: Plan) -> None:
     if plan.bit_budget is not None and plan.spent_bits > plan.bit_budget:
         raise PlanError(f"bits: expected at most {plan.bit_budget} bits over all workers, got {plan.spent_bits:g}")
     _check_parts(plan)
-    balanced = not tracks.BALANCED.isdisjoint({plan.decoder, plan.second_track})
+    balanced = not rules.BALANCED.isdisjoint({plan.decoder, plan.second_track})
     if balanced:
         _check_shares(plan)
-    if balanced and not np.all(code.stored_entries(plan.weights) >= 0):
+    if balanced and not np.all(shares.stored_entries(plan.weights) >= 0):
         raise PlanError("weights: expected entries >= 0 (they are sampling probabilities), got a negative one or NaN")
     _check_rows(plan)
     if balanced:
@@ -50,11 +50,11 @@ def integer_bits(bits: Any, num_workers: int) -> Ints:
 
 
 def _check_names(plan: Plan) -> None:
-    if plan.decoder not in tracks.RULES:
-        raise PlanError(f"decoder: expected one of {', '.join(tracks.DECODERS)}, got {plan.decoder!r}")
-    if plan.second_track is not None and plan.second_track not in tracks.SECOND_TRACKS:
+    if plan.decoder not in rules.RULES:
+        raise PlanError(f"decoder: expected one of {', '.join(rules.DECODERS)}, got {plan.decoder!r}")
+    if plan.second_track is not None and plan.second_track not in rules.SECOND_TRACKS:
         raise PlanError(
-            f"second_track: expected None or one of {', '.join(tracks.SECOND_TRACKS)}, got {plan.second_track!r}"
+            f"second_track: expected None or one of {', '.join(rules.SECOND_TRACKS)}, got {plan.second_track!r}"
         )
     if plan.norm not in ("max", "l2"):
         raise PlanError(f"norm: expected 'max' or 'l2', got {plan.norm!r}")
@@ -92,7 +92,7 @@ def _check_shares(plan: Plan) -> None:
 
 def _check_rows(plan: Plan) -> None:
     """Check sum_n |w_kn| = N m_k."""
-    if not np.all(np.isfinite(code.stored_entries(plan.weights))):
+    if not np.all(np.isfinite(shares.stored_entries(plan.weights))):
         raise PlanError("weights: expected finite entries, got others")
     columns = plan.weights.shape[1]
     magnitudes: Any = abs(plan.weights)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, per_worker
-from torch_qgc.planner.code import error_factors
+from torch_qgc.planner.shares import error_factors
 
 if TYPE_CHECKING:
     from torch_qgc.planner.delays import DelayModel

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, Ints, Mask, per_worker, probabilities
-from torch_qgc.planner.code import error_factors, partition_fractions, water_fill
+from torch_qgc.planner.shares import error_factors, partition_fractions, water_fill
 
 __all__ = ["placed_weights"]
 

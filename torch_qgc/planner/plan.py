@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner import code, consistency, serial, tracks
+from torch_qgc.planner import consistency, serial
 from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
+from torch_qgc.planner.rules import BALANCED, RULES, Rule, corrected_shares
+from torch_qgc.planner.shares import Weights, dense_rows, error_factors, frozen_weights, load, partition_fractions
 from torch_qgc.planner.variance import Norm, quantization_variance
 
 __all__ = ["Plan"]
@@ -61,7 +63,7 @@ class Plan:
     straggle_probs: Floats
     bits: Ints
     shares: Floats
-    weights: code.Weights
+    weights: Weights
     variance: Floats = field(default_factory=lambda: np.empty(0))
     partition_sizes: Floats | None = None
     bit_budget: int | None = None
@@ -85,7 +87,7 @@ class Plan:
             if typical
             else per_worker(self.variance, len(p), "variance"),
         }
-        object.__setattr__(self, "weights", code.frozen_weights(self.weights, len(p)))
+        object.__setattr__(self, "weights", frozen_weights(self.weights, len(p)))
         if self.partition_sizes is not None:
             arrays["partition_sizes"] = np.array(self.partition_sizes, dtype=np.float64)
         for name, values in arrays.items():
@@ -115,7 +117,7 @@ class Plan:
         """Return the second track's coefficients, as `coefficients` does; None without a second track."""
         return None if self._second is None else self._decode(self._second, arrived, rates)
 
-    def _decode(self, rule: tracks.Rule, arrived: NDArray[Any], rates: NDArray[Any] | None) -> Floats:
+    def _decode(self, rule: Rule, arrived: NDArray[Any], rates: NDArray[Any] | None) -> Floats:
         arrived = np.asarray(arrived)
         if arrived.shape != self.shares.shape:
             raise PlanError(f"arrived: expected shape [{self.num_workers}], got {arrived.shape}")
@@ -124,19 +126,19 @@ class Plan:
         rates = np.asarray(rates)
         if rates.shape != self.shares.shape:
             raise PlanError(f"rates: expected shape [{self.num_workers}], got {rates.shape}")
-        return rule(arrived, tracks.corrected_shares(self.shares, rates))
+        return rule(arrived, corrected_shares(self.shares, rates))
 
     @cached_property
-    def _first(self) -> tracks.Rule:
-        return tracks.RULES[self.decoder](self)
+    def _first(self) -> Rule:
+        return RULES[self.decoder](self)
 
     @cached_property
-    def _second(self) -> tracks.Rule | None:
-        return None if self.second_track is None else tracks.RULES[self.second_track](self)
+    def _second(self) -> Rule | None:
+        return None if self.second_track is None else RULES[self.second_track](self)
 
     @cached_property
     def _corrected(self) -> Floats:
-        return tracks.corrected_shares(self.shares, 1.0 - self.straggle_probs)
+        return corrected_shares(self.shares, 1.0 - self.straggle_probs)
 
     # ------------------------------------------------------------------------------------ properties
     @property
@@ -152,7 +154,7 @@ class Plan:
     @cached_property
     def partition_fractions(self) -> Floats:
         """[N] fractions s_n of the data, sum 1."""
-        return code.partition_fractions(self.num_partitions, self.partition_sizes)
+        return partition_fractions(self.num_partitions, self.partition_sizes)
 
     @cached_property
     def target(self) -> Floats:
@@ -162,7 +164,7 @@ class Plan:
     @cached_property
     def load(self) -> float:
         """Mean number of workers that hold a partition."""
-        return code.load(self.weights)
+        return load(self.weights)
 
     @property
     def spent_bits(self) -> float:
@@ -177,7 +179,7 @@ class Plan:
         It is attained when all partitions have the same gradient.
         """
         used = self.shares > 0
-        factors = code.error_factors(self.straggle_probs[used], self.variance[used])
+        factors = error_factors(self.straggle_probs[used], self.variance[used])
         return float(np.sum(factors * self.shares[used] ** 2))
 
     def partition_probabilities(self, worker: int) -> Floats:
@@ -186,7 +188,7 @@ class Plan:
         Raises:
             PlanError: the code subtracts gradients or cuts them, which sampling cannot do.
         """
-        row: Floats = code.dense_rows(self.weights, worker, worker + 1)[0]
+        row: Floats = dense_rows(self.weights, worker, worker + 1)[0]
         if self.parts > 1 or np.any(row < 0):
             raise PlanError(
                 f"weights: expected entries >= 0 in one part to draw samples by, got {self.parts} parts with "
@@ -229,7 +231,7 @@ class Plan:
 
     def __repr__(self) -> str:
         budget = "" if self.bit_budget is None else f" of {self.bit_budget}"
-        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in tracks.BALANCED else ""
+        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in BALANCED else ""
         second = "" if self.second_track is None else f", second track {self.second_track}"
         lines = [
             f"Plan({self.num_workers} workers, {self.num_partitions} partitions, {self.spent_bits:g}{budget} bits per "

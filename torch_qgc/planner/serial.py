@@ -11,7 +11,7 @@ import numpy as np
 from scipy import sparse
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.code import Weights, dense_if_small
+from torch_qgc.planner.shares import Weights, dense_if_small
 
 if TYPE_CHECKING:
     from torch_qgc.planner.plan import Plan

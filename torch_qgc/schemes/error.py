@@ -12,7 +12,7 @@ from scipy import sparse
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Mask, per_worker
-from torch_qgc.planner.tracks import FIXED
+from torch_qgc.planner.rules import FIXED
 from torch_qgc.schemes.blocks import BlockPlan
 from torch_qgc.schemes.feedback import ErrorFeedback
 

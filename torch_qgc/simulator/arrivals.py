@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
+from torch_qgc.job.rates import ArrivalRates
+from torch_qgc.job.rounds import ClosingRule, Round
 from torch_qgc.planner.checks import Floats, Mask
 from torch_qgc.planner.delays import DelayModel
-from torch_qgc.planner.rates import ArrivalRates
-from torch_qgc.rounds import ClosingRule, Round
 
 __all__ = ["Arrivals", "Contribution", "DelaySource", "IndependentRounds", "JobRounds", "RoundOutcome"]
 

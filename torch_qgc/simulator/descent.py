@@ -7,9 +7,9 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from torch_qgc.ddp.optim import two_track_adam
 from torch_qgc.errors import ConfigError
-from torch_qgc.layout import Layout
-from torch_qgc.optim import two_track_adam
+from torch_qgc.worker.layout import Layout
 
 __all__ = ["Descent", "OptimizerLike", "make_optimizer"]
 

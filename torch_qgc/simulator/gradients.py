@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import TensorDataset, default_collate
 
 from torch_qgc.kernels import derive_key
-from torch_qgc.layout import Layout
+from torch_qgc.worker.layout import Layout
 
 __all__ = ["Collate", "Gradients", "Loss"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_qgc.data import checked_partitions
+from torch_qgc.ddp.loader import checked_partitions
+from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError, PlanError
 from torch_qgc.planner.checks import Floats
 from torch_qgc.schemes import BlockPlan
-from torch_qgc.settings import Limits
 from torch_qgc.simulator.arrivals import Arrivals, DelaySource, IndependentRounds, JobRounds, RoundOutcome
 from torch_qgc.simulator.coding import Payload, SchemeCodec, plans_of
 from torch_qgc.simulator.descent import Descent, make_optimizer

@@ -1,0 +1,127 @@
+"""Before the first step: what must be true of the DDP model, and how workers and aggregators find each other."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_qgc.aggregator.process import AggregatorProcess
+from torch_qgc.errors import ConfigError, QGCError
+from torch_qgc.worker.layout import Layout
+
+__all__ = ["Network", "check_model", "check_step", "gather", "start_aggregators"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """How workers reach the aggregators.
+
+    Args:
+        host: address on which aggregators that are started as children of this job listen.
+        insecure: allow a host that other machines can reach, without encryption; on a network you trust.
+        endpoints: addresses of aggregators that run already (`qgc aggregator --bind`); none is started then.
+    """
+
+    host: str = "127.0.0.1"
+    insecure: bool = False
+    endpoints: tuple[str, ...] = ()
+
+
+def check_model(model: Any) -> DistributedDataParallel:
+    """Refuse what cannot work, switch off what would bring the waiting back.
+
+    Raises:
+        ConfigError: names the remedy.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            f"expected a DistributedDataParallel model, got {type(model).__name__}: QGCState(DDP(model), ...)"
+        )
+    if model.find_unused_parameters:
+        raise ConfigError(
+            "DDP(find_unused_parameters=True) makes every rank wait for every other in each step (an all-reduce of the "
+            "used parameters): use find_unused_parameters=False, and freeze parameters that get no gradient"
+        )
+    if model.mixed_precision is not None:
+        raise ConfigError(
+            "DDP(mixed_precision=...) does not take a communication hook: use torch.autocast in the training step"
+        )
+    if model.broadcast_buffers and any(True for _ in model.module.buffers()):
+        model.broadcast_buffers = False
+        warnings.warn(
+            "QGCState switched off DDP's broadcast_buffers: it makes every rank wait for rank 0 in each forward pass. "
+            "Buffers such as BatchNorm's statistics now differ between ranks; state.sync_buffers() averages them "
+            "before you evaluate. DDP(broadcast_buffers=False), or forward_sync_buffers=False where torch has it, "
+            "silences this notice.",
+            stacklevel=3,
+        )
+    return model
+
+
+def check_step(model: DistributedDataParallel, layout: Layout, frozen: Sequence[torch.nn.Parameter]) -> None:
+    """Refuse what can change between steps and then does not work.
+
+    Args:
+        frozen: parameters that needed no gradient when the layout was made.
+    Raises:
+        ConfigError: names the remedy.
+    """
+    if getattr(getattr(model, "_join_config", None), "enable", False):
+        raise ConfigError(
+            "Join makes every rank wait for every other in each forward pass, and would count exhausted ranks as zero "
+            "gradients: leave it out, state.loader(...) gives every rank's loop the same number of steps"
+        )
+    if any(p.requires_grad for p in frozen) or not all(p.requires_grad for p in layout.parameters):
+        raise ConfigError(
+            "requires_grad of a parameter was changed after QGCState(model), whose layout is fixed, like DDP's: close "
+            "the state, make DDP and QGCState again and hand the state_dict on"
+        )
+
+
+def gather(process_group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+    """Return every rank's value, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(values, value, group=process_group)
+    return values
+
+
+def start_aggregators(
+    process_group: dist.ProcessGroup | None, count: int, network: Network
+) -> tuple[Sequence[str], list[AggregatorProcess]]:
+    """Start aggregator i as a child of rank i mod K, and tell every rank where they are.
+
+    Returns:
+        The endpoints of all aggregators, and the ones that this rank started.
+    Raises:
+        ConfigError: on every rank if it happens on one.
+    """
+    rank, workers = dist.get_rank(process_group), dist.get_world_size(process_group)
+    if network.endpoints:
+        return network.endpoints, []
+    children: list[AggregatorProcess] = []
+    problem = None
+    try:
+        for index in range(rank, count, workers):
+            children.append(AggregatorProcess(network.host, index=index, count=count, insecure=network.insecure))
+    except (QGCError, OSError) as error:
+        problem = f"rank {rank}: {error}"
+    found = gather(process_group, ([child.endpoint for child in children], problem, socket.gethostname()))
+    problems = [text for _, text, _ in found if text]
+    hosts = sorted({host for _, _, host in found})
+    if len(hosts) > 1 and network.host in ("127.0.0.1", "localhost", "::1"):
+        problems.append(
+            f"the ranks run on {len(hosts)} machines ({', '.join(hosts[:4])}), but the aggregator would listen on "
+            f"{network.host} alone: Network(host=<rank 0's address>, insecure=True) on a network you trust"
+        )
+    if problems:
+        for child in children:
+            child.stop(timeout_s=0.0)
+        raise ConfigError("; ".join(problems))
+    return [found[index % workers][0][index // workers] for index in range(count)], children
