@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.simulated import Job, make_spec, peer_of, simple_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.simulated import Job, make_spec, peer_of, simple_plan
 
 from torch_qgc.aggregator.job import Aggregator
 from torch_qgc.kernels import derive_key, encode

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
+from helpers.kernel_cases import DTYPES, KINDS, assert_statistics_equal, run_encode, same_bits, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.kernel_cases import DTYPES, KINDS, assert_statistics_equal, run_encode, same_bits, values_of
 
 from torch_qgc.kernels import Encoded, derive_key, native, ops, payload_bytes, reference
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.ranks import aggregators, run_ranks
 from helpers.loops import BATCH, LATE, RANKS, Witness, coded, dataset, fall_behind, job, mlp
+from helpers.ranks import aggregators, run_ranks
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import simulated
 import torch
 import torch.distributed as dist
+from helpers import simulated
 from helpers.ranks import run_ranks
 from helpers.simulation import decoded_gradients
 from torch.nn.parallel import DistributedDataParallel

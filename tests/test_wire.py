@@ -4,9 +4,9 @@ import contextlib
 
 import msgspec
 import pytest
+from helpers.simulated import make_spec, simple_plan
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers.simulated import make_spec, simple_plan
 
 from torch_qgc.errors import ProtocolError
 from torch_qgc.protocol import messages

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.ranks import aggregators, run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
+from helpers.ranks import aggregators, run_ranks
 
 mse = torch.nn.functional.mse_loss
 RANKS, LATE = 3, 1
