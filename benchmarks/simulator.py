@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from torch_qgc.job.rounds import ClosingRule
+from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.planner import make_plan
 from torch_qgc.planner.delays import ShiftedExponential
 from torch_qgc.simulator import Experiment

@@ -12,10 +12,11 @@ from helpers.simulated import Job, make_spec, peer_of, simple_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_qgc.aggregator.job import Aggregator
+from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol import messages
+from torch_qgc.protocol.contract import JobSpec
 
 # Unequal in every respect: lateness, bits (chosen by the planner), and gradients.
 PROBS = [0.05, 0.2, 0.35, 0.6]
@@ -104,7 +105,7 @@ def test_folding_keeps_what_a_late_worker_computed() -> None:
 def test_two_tracks_are_decoded_from_the_same_payloads() -> None:
     plan = unequal_plan(second_track="hajek")
     rng = np.random.default_rng(4)
-    job = Job(plan, make_spec(plan, tracks=2), gradients(4), lambda k, step: 2.0 if rng.random() < PROBS[k] else 0.5)
+    job = Job(plan, make_spec(plan), gradients(4), lambda k, step: 2.0 if rng.random() < PROBS[k] else 0.5)
     job.run(60)
     for counts, first, second in zip(job.contributions, job.decoded, job.second):
         if counts.sum() > 0 and not torch.equal(first, second):
@@ -136,7 +137,7 @@ def test_a_step_closes_at_the_deadline_and_not_at_the_straggler() -> None:
     job = Job(plan, make_spec(plan, deadline_s=1.0), gradients(3), lambda k, step: 5.0 if k == 2 else 0.3)
     job.run(20)
     assert job.net.now() == pytest.approx(20 * 1.0, abs=6.0)  # waiting would have taken 100 s
-    assert job.workers[2].computed < 10
+    assert job.computed[2] < 10
 
 
 def test_warm_up_and_quorum_extend_the_deadline() -> None:
@@ -155,13 +156,7 @@ def test_a_dead_worker_is_not_waited_for_and_its_share_is_spread() -> None:
     spec = make_spec(plan, deadline_s=None)
     job = Job(plan, spec, g, lambda k, step: float("inf") if k == 2 and step == 3 else 0.5)
     job.net.at(10.0, lambda: job.net.disconnect(peer_of(2)))
-    job.workers[2].step = 0
-    job.last_step = 8
-    for worker in job.workers:
-        job.net.at(0.0, worker.hello)
-    from torch_qgc.aggregator.process import serve
-
-    serve(job.aggregator, job.net, job.net, stop=lambda: all(w.step >= 8 for w in job.workers[:2]))
+    job.run(8, stop=lambda: min(job.steps[:2]) >= 8)
     torch.testing.assert_close(job.decoded[2], g.mean(0), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(job.decoded[7], g[:2].mean(0), rtol=1e-6, atol=1e-6)
     assert job.aggregator.stats["lost_workers"] == 1
@@ -194,15 +189,14 @@ def test_the_log_stays_within_its_bound_and_memory_is_flat() -> None:
 
     def sample() -> None:
         resident.append(process.memory_info().rss)
-        logged.append(job.aggregator._log.bytes)
-        assert len(job.aggregator._began_at) <= 2
-        assert len(job.aggregator._rounds) == 2
+        logged.append(job.aggregator.job.log.bytes)
+        assert len(job.aggregator.job.rounds.began_at_s) <= 2
 
     for at in range(100, 900, 100):
         job.net.at(float(at), sample)
     job.run(1000)
     assert max(logged) <= spec.log_bytes + 16 * 2 * 1024  # headers
-    assert job.aggregator._log.capacity == 16
+    assert job.aggregator.job.log.capacity == 16
     # One log is 4 MiB; 1000 steps made 250 MiB of results and 130 MiB of payloads.
     assert max(resident[2:]) - min(resident[2:]) < 24 << 20
 
@@ -218,7 +212,7 @@ def test_a_worker_about_to_fall_off_the_log_is_waited_for() -> None:
     ahead = []
 
     def watch() -> None:
-        ahead.append(job.workers[0].step - 2)
+        ahead.append(job.steps[0] - 2)
 
     job.net.at(50.0, watch)
     job.run(30)
@@ -231,7 +225,7 @@ def test_a_worker_about_to_fall_off_the_log_is_waited_for() -> None:
 class Talk:
     """Say single messages to an aggregator and see its answers."""
 
-    def __init__(self, plan: Plan, spec: messages.JobSpec) -> None:
+    def __init__(self, plan: Plan, spec: JobSpec) -> None:
         self.aggregator, self.plan, self.spec = Aggregator(), plan, spec
 
     def say(self, peer: bytes, message: messages.FromWorker | bytes, *rest: Any) -> list[messages.FromAggregator]:

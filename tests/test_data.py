@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from torch_qgc.ddp.loader import CodedLoader, CodedSampler, make_loader, random_partitions
+from torch_qgc.ddp.loader import CodedLoader, make_loader
+from torch_qgc.ddp.sampler import CodedSampler, random_partitions
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, make_plan
 
 
 class State:
-    """A QGCState as far as the loader can see; `late` lists the steps that close without it."""
+    """A replica as far as the loader can see; `late` lists the steps that close without it."""
 
     def __init__(self, plan: Plan, rank: int = 0, late: frozenset[int] = frozenset()) -> None:
-        self.plan, self.rank, self.late = plan, rank, late
+        self.plan, self.worker, self.late = plan, rank, late
+        self.spec = SimpleNamespace(workers=plan.num_workers)
         self.step = 0
         self.in_step = False
         self.replayed: list[int] = []
@@ -111,7 +114,7 @@ def steps(loader: CodedLoader) -> Any:
     """Iterate as a training loop does: one step per batch."""
     for batch in loader:
         yield batch
-        loader._state.step += 1
+        loader._replica.step += 1
 
 
 def test_late_steps_are_replayed_and_their_batches_skipped() -> None:

@@ -27,7 +27,7 @@ def accumulating(rank: int, endpoint: str) -> dict[str, Any]:
     with job(state):
         for x, y in loader:
             fall_behind(rank, state)
-            last = state.in_step  # the first of two micro-batches has begun the step
+            last = state.replica.in_step  # the first of two micro-batches has begun the step
             with contextlib.nullcontext() if last else ddp.no_sync():
                 (mse(ddp(x), y) / 2).backward()
             if last:
@@ -55,8 +55,7 @@ def half_precision(rank: int, endpoint: str, late: str) -> dict[str, Any]:
 
         def update() -> None:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
-            state.scale_second_track(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+            torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -116,7 +115,7 @@ def scaled_differently(rank: int, scaled: str, plain: str) -> list[str]:
             for x, y in state.loader(dataset(), batch_size=BATCH):
                 scaler.scale(mse(ddp(x), y)).backward()
                 state.update()
-            digests.append(state.layout.parameter_digest())
+            digests.append(state.replica.layout.parameter_digest())
     return digests
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def interrupted(rank: int, whole: str, before: str, after: str, stop_at: int) ->
         runs[1].train(rank, stop_at=stop_at)
         runs[2].load(runs[1].save())
         runs[2].train(rank)
-    assert runs[0].state.layout.parameter_digest() == runs[2].state.layout.parameter_digest()
+    assert runs[0].state.replica.layout.parameter_digest() == runs[2].state.replica.layout.parameter_digest()
     return runs[0].losses, {**runs[1].losses, **runs[2].losses}
 
 
@@ -134,7 +135,7 @@ class State:
 
     def __init__(self, workers: int = 2) -> None:
         self.plan: Plan = make_plan([0.1] * workers)
-        self.rank, self.workers, self.step = 0, workers, 0
+        self.worker, self.spec, self.step = 0, SimpleNamespace(workers=workers), 0
 
     def check_replayable(self) -> None: ...
     def catch_up(self, end_step: int) -> None: ...

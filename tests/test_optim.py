@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,28 +14,43 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD, _unhooked, two_track_adam
+from torch_qgc.ddp.state import QGCState
 from torch_qgc.errors import ConfigError
 
 
-class State:
-    """A QGCState as far as optimizers can see; the second track is made by `second` from the gradient."""
+class FakeReplica:
+    """A replica as far as optimizers can see; the second track is made by `second` from the gradient."""
 
-    def __init__(self, second: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+    def __init__(self, second: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         self.second = second
         self.attached: list[Any] = []
         self.checks = 0
-
-    def attach(self, optimizer: Any) -> None:
-        self.attached.append(optimizer)
+        self.update = SimpleNamespace(attach=self.attached.append)
+        self.plan = SimpleNamespace(second_track=None if second is None else "hajek")
+        self.layout = Everything()
 
     def check_exchanged(self) -> None:
         self.checks += 1
 
-    def request_second_track(self) -> bool:
-        return self.second is not None
+    def second_scale(self, parameter: torch.Tensor) -> float | torch.Tensor:
+        if self.second is None:
+            return 1.0
+        gradient = parameter.grad
+        assert gradient is not None
+        ratio = self.second(gradient) / gradient
+        return torch.where(ratio.isfinite(), ratio, 1.0)
 
-    def second_track(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        return None if self.second is None else self.second(parameter.grad)
+
+class Everything:
+    def __contains__(self, parameter: object) -> bool:
+        return True
+
+
+class State(QGCState):
+    """A QGCState as far as optimizers can see."""
+
+    def __init__(self, second: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        self.replica = FakeReplica(second)  # type: ignore[assignment]
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -135,7 +151,7 @@ def test_one_track_takes_what_torch_takes(options: dict[str, Any]) -> None:
     for params in (mine, reference):
         for p in params:
             p.requires_grad_(not options.get("differentiable"))  # torch steps leaves in place only then
-    result = train(CodedAdam(mine, State(), **options), mine)  # type: ignore[arg-type]
+    result = train(CodedAdam(mine, State(), **options), mine)
     assert torch.equal(result, train(torch.optim.Adam(reference, **options), reference))
 
 
@@ -143,36 +159,36 @@ def test_one_track_takes_what_torch_takes(options: dict[str, Any]) -> None:
 def test_what_two_tracks_cannot_do_is_refused_with_the_remedy(options: dict[str, Any]) -> None:
     params = parameters()
     with pytest.raises(ConfigError, match=r"betas=\(2\*\*-20, ...\).*second_track=None"):
-        train(CodedAdam(params, State(second_of), **options), params)  # type: ignore[arg-type]
+        train(CodedAdam(params, State(second_of), **options), params)
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fused": True}, {"maximize": True}], ids=str)
 def test_coded_sgd_is_torchs_bit_for_bit(options: dict[str, Any]) -> None:
     mine, reference = parameters(), parameters()
     options = dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True, **options)
-    result = train(CodedSGD(mine, State(), **options), mine)  # type: ignore[arg-type]
+    result = train(CodedSGD(mine, State(), **options), mine)
     assert torch.equal(result, train(torch.optim.SGD(reference, **options), reference))
 
 
 def test_a_uniformly_shrunk_second_track_is_a_larger_learning_rate() -> None:
     """g2 = c g1 scales v by c^2: Adam with lr / c and eps / c, bias correction included (docs/planner.md)."""
     mine, reference, c = parameters(), parameters(), 0.5
-    result = train(CodedAdam(mine, State(lambda g: c * g), lr=1e-3, eps=1e-4), mine)  # type: ignore[arg-type]
+    result = train(CodedAdam(mine, State(lambda g: c * g), lr=1e-3, eps=1e-4), mine)
     expected = train(torch.optim.Adam(reference, lr=1e-3 / c, eps=1e-4 / c), reference)
     torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_the_function_works_on_torchs_own_adam_and_leaves_gradients_and_tracks_alone() -> None:
     mine, reference = parameters(), parameters()
-    ours = CodedAdam(mine, State(second_of), lr=0.01)  # type: ignore[arg-type]
+    ours = CodedAdam(mine, State(second_of), lr=0.01)
     plain = torch.optim.Adam(reference, lr=0.01)
     for p, q in zip(mine, reference):
         p.grad = torch.ones_like(p)
         q.grad = torch.ones_like(q)
-    tracks = {id(q): torch.full(q.shape, 0.7) for q in reference}
-    ours._state.second = lambda g: torch.full(g.shape, 0.7)  # type: ignore[union-attr, method-assign]
+    tracks = {q: torch.full(q.shape, 0.7) for q in reference}
+    ours._replica.second = lambda g: torch.full(g.shape, 0.7)  # type: ignore[union-attr]
     gradients = [q.grad for q in reference]
-    two_track_adam(plain, lambda q: tracks[id(q)])
+    two_track_adam(plain, tracks)
     ours.step()
     assert all(torch.equal(p, q) for p, q in zip(mine, reference))
     assert all(q.grad is g and torch.equal(g, torch.ones_like(g)) for q, g in zip(reference, gradients))
@@ -182,10 +198,9 @@ def test_the_function_works_on_torchs_own_adam_and_leaves_gradients_and_tracks_a
 def test_parameters_without_gradient_are_left_alone() -> None:
     params = parameters()
     before = params[1].detach().clone()
-    optimizer = CodedAdam([{"params": params[:2]}, {"params": params[2:]}], State(second_of))  # type: ignore[arg-type]
+    optimizer = CodedAdam([{"params": params[:2]}, {"params": params[2:]}], State(second_of))
     for p in (params[0], params[2]):
         p.grad = torch.ones_like(p)
-    optimizer._state.second_track = lambda p: second_of(p.grad if p.grad is not None else p)  # type: ignore
     optimizer.step()
     assert torch.equal(params[1], before)
     assert set(optimizer.state) == {params[0], params[2]}
@@ -203,11 +218,11 @@ EACH = pytest.mark.parametrize(("ours", "theirs", "options"), MAKERS)
 def test_they_are_real_optimizers(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     params, state = parameters(), State(second_of)
     optimizer = ours([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], state, 0.1, **options)
-    assert state.attached == [optimizer]
+    assert state.replica.attached == [optimizer]
     assert isinstance(optimizer, theirs)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     train(optimizer, params, steps=2)
-    assert state.checks == 2
+    assert state.replica.checks == 2
     scheduler.step()
     assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.05]
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.3})
@@ -280,8 +295,8 @@ def test_copies_are_torchs_optimizers_on_their_own_parameters(
     expected_optimizer = theirs(reference, lr=0.01, **options)
     train(expected_optimizer, reference, 2)
     assert torch.equal(train(copy_of, own, 3), train(expected_optimizer, reference, 3))
-    assert copy_of._state is None
-    assert optimizer._state is not None
+    assert copy_of._replica is None
+    assert optimizer._replica is not None
 
 
 @pytest.mark.parametrize(
@@ -316,7 +331,7 @@ def test_the_step_compiles_into_as_many_graphs_as_torchs(
 def test_grad_scaler_skips_what_is_not_finite_and_unscales_the_rest(fused: bool, second: Any) -> None:
     mine, reference = parameters(), parameters()
     pairs: list[tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]] = [
-        (CodedAdam(mine, State(second), lr=0.01, fused=fused), mine),  # type: ignore[arg-type]
+        (CodedAdam(mine, State(second), lr=0.01, fused=fused), mine),
         (torch.optim.Adam(reference, lr=0.01, fused=fused), reference),
     ]
     scales = []
@@ -335,3 +350,27 @@ def test_grad_scaler_skips_what_is_not_finite_and_unscales_the_rest(fused: bool,
     else:  # torch's fused step unscales inside the kernel, ours before it
         for p, q in zip(mine, reference):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("ours", [CodedSGD, CodedAdam, CodedAdamW])
+def test_an_optimizer_without_the_state_says_what_is_missing(ours: Any) -> None:
+    with pytest.raises(
+        ConfigError, match="expected the QGCState as second argument, got 0.001"
+    ):
+        ours(parameters(), 1e-3)
+
+
+def test_clipping_in_the_loop_clips_both_moments() -> None:
+    """What Adam squares follows `.grad` as it stands: clipped by 10, both moments are those of a tenth."""
+    params, reference = parameters(), parameters()
+    ours = CodedAdam(params, State(lambda g: 0.5 * g), lr=0.01, eps=1e-12)
+    theirs = CodedAdam(reference, State(lambda g: 0.5 * g), lr=0.01, eps=1e-12)
+    for p, q in zip(params, reference):
+        p.grad = torch.ones_like(p)
+        q.grad = torch.full_like(q, 0.1)
+    torch.nn.utils.clip_grad_value_(params, 0.1)
+    ours.step()
+    theirs.step()
+    for p, q in zip(params, reference):
+        assert torch.equal(ours.state[p]["exp_avg_sq"], theirs.state[q]["exp_avg_sq"])
+        assert torch.equal(p, q)

@@ -13,7 +13,7 @@ from test_schemes_codes import ALL, LATE
 from test_schemes_error import payloads
 
 from torch_qgc import schemes
-from torch_qgc.ddp.loader import CodedSampler, random_partitions
+from torch_qgc.ddp.sampler import CodedSampler, random_partitions
 from torch_qgc.errors import PlanError
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import Plan, make_plan

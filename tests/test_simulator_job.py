@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
 from torch_qgc.errors import ConfigError
-from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner import make_plan
+from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import coding, descent, simulate
 from torch_qgc.simulator.arrivals import DelaySource, JobRounds
 
@@ -46,16 +45,16 @@ def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypat
     sent = torch.zeros(4, numel)
     for n in range(4):
         codec.mix(n, rows[n], lambda k: sent[k])
-    spec = simulated.make_spec(plan, late=late, warmup_steps=3, quorum=2, tracks=2)
+    spec = simulated.make_spec(plan, late=late, warmup_steps=3, quorum=2)
     job = simulated.Job(plan, spec, sent, lambda k, step: float(delays[step % steps, k]))
     job.run(steps)
 
     tracks: list[list[torch.Tensor]] = [[], []]
 
-    def keep(optimizer: torch.optim.Adam, second_track: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def keep(optimizer: torch.optim.Adam, seconds: dict[torch.Tensor, torch.Tensor]) -> None:
         (weight,) = optimizer.param_groups[0]["params"]
         tracks[0].append(weight.grad.reshape(-1))
-        tracks[1].append(second_track(weight).reshape(-1).clone())
+        tracks[1].append(seconds[weight].reshape(-1).clone())
 
     monkeypatch.setattr(descent, "two_track_adam", keep)
     trace = simulate(
@@ -82,7 +81,7 @@ def test_a_late_worker_misses_the_steps_it_is_late_for() -> None:
         DelaySource(delays, 3, 0),
         ClosingRule(deadline_s=1.0, warmup_steps=0, late="drop"),
         np.ones(3, dtype=bool),
-        np.full(3, 0.9),
+        make_plan([0.1] * 3),
         log_steps=256,
     )
     outcomes = [rounds.close(step) for step in range(8)]

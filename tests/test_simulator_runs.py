@@ -14,9 +14,9 @@ from test_schemes_codes import LATE
 
 from torch_qgc import schemes
 from torch_qgc.errors import ConfigError
-from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner import make_plan
 from torch_qgc.planner.delays import ShiftedExponential
+from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import Trace, load_traces, save_traces, simulate
 
 

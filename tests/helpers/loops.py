@@ -59,28 +59,28 @@ class Witness:
     def __init__(self, state: qgc.QGCState) -> None:
         self.digests: dict[int, str] = {}
         self._state = state
-        steps: Any = state._steps
+        steps: Any = state.replica
         verify = steps._verify
 
         def noting() -> None:
-            self.digests[state.step] = state.layout.parameter_digest()
+            self.digests[state.step] = state.replica.layout.parameter_digest()
             verify()
 
         steps._verify = noting
 
     def seen(self, **extra: Any) -> dict[str, Any]:
         """Return everything that must be equal on all ranks, and the report."""
-        self.digests[self._state.step] = self._state.layout.parameter_digest()
+        self.digests[self._state.step] = self._state.replica.layout.parameter_digest()
         return {"digests": self.digests, "report": self._state.report(), **extra}
 
 
 def fall_behind(rank: int, *states: qgc.QGCState) -> None:
     """On the late rank: sleep until the others have closed this step and the next without it."""
-    if rank != LATE or not states[0].may_be_late or states[0].in_step or states[0].step != LATE_AT:
+    if rank != LATE or not states[0].replica.may_be_late or states[0].replica.in_step or states[0].step != LATE_AT:
         return
     give_up = time.monotonic() + 20.0
     for state in states:
-        while not state._steps.joined().worker.closed(state.step + 1) and time.monotonic() < give_up:
+        while not state.replica.joined()[0].closed(state.step + 1) and time.monotonic() < give_up:
             time.sleep(0.02)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # imported before forking: each child would spend seconds on it
 import torch.distributed as dist
 
-from torch_qgc.aggregator.job import Aggregator
+from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.process import serve
 from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
 

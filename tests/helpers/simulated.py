@@ -1,23 +1,29 @@
-"""Workers that exist only as messages: they drive a real Aggregator under a virtual clock."""
+"""Workers that compute nothing: constant gradients and given delays, through both real ends under a virtual clock."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from torch_qgc.aggregator.job import Aggregator
-from torch_qgc.aggregator.process import serve
+from helpers.virtual import World, session_for
+from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.job.events import Trace, silent
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode
 from torch_qgc.planner import Plan, make_plan
-from torch_qgc.protocol import messages
-from torch_qgc.protocol.transport import MemoryNetwork
+from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.worker.connection import Connection
+from torch_qgc.worker.inbox import ClosedRound
+
+RULE: dict[str, Any] = dict(deadline_s=1.0, warmup_steps=0, quorum=1, late="drop", max_staleness=8)
 
 
-def make_spec(plan: Plan, **changes: Any) -> messages.JobSpec:
-    """A job over 512 coordinates in one chunk, unless told otherwise."""
+def make_spec(plan: Plan, **changes: Any) -> JobSpec:
+    """A job over 512 coordinates in one chunk, unless told otherwise; fields of the rule are given as the others."""
+    rule = {**RULE, **{name: changes.pop(name) for name in list(changes) if name in ClosingRule.__struct_fields__}}
     fields: dict[str, Any] = dict(
         workers=plan.num_workers,
         numel=512,
@@ -27,23 +33,40 @@ def make_spec(plan: Plan, **changes: Any) -> messages.JobSpec:
         first_step=0,
         seed=0,
         aggregators=1,
-        tracks=1,
         downlink_bits=32,
-        deadline_s=1.0,
-        warmup_steps=0,
-        quorum=1,
-        late="drop",
-        max_staleness=8,
+        rule=ClosingRule(**rule),
         verify_every=0,
         log_steps=64,
         log_bytes=1 << 30,
         join_timeout_s=1e9,
     )
-    return messages.JobSpec(**{**fields, **changes})
+    return JobSpec(**{**fields, **changes})
 
 
 def peer_of(worker: int) -> bytes:
     return b"worker-%d" % worker
+
+
+def push_all(connection: Connection, plan: Plan, step: int, values: torch.Tensor) -> None:
+    """Send a worker's whole gradient."""
+    spec, worker = connection.spec, connection.session.worker
+    bits, key = int(plan.bits[worker]), derive_key(spec.seed, step, worker)
+    for chunk in range(spec.chunks):
+        offset, numel = spec.chunk_span(chunk)
+        encoded = encode(values[offset : offset + numel], bits, key=key, offset=offset)
+        connection.push(step, chunk, bits, lambda e=encoded: (e.to_buffer(), e.variance, e.squared_norm))
+
+
+def take(connection: Connection, note: Callable[[ClosedRound], None] = lambda result: None) -> torch.Tensor:
+    """Take the results of the step at hand, and return the decoded gradient."""
+    spec = connection.spec
+    out = torch.zeros(spec.numel)
+    for result in connection.results():
+        offset, numel = spec.chunk_span(result.chunk)
+        encoded = Encoded.from_buffer(result.payload, numel, result.bits)
+        decode_sum([encoded], [1.0], out[offset : offset + numel], accumulate=False)
+        note(result)
+    return out
 
 
 class Job:
@@ -58,118 +81,72 @@ class Job:
     def __init__(
         self,
         plan: Plan,
-        spec: messages.JobSpec,
+        spec: JobSpec,
         gradients: torch.Tensor,
         delay: Callable[[int, int], float],
         *,
         abandon: bool = False,
+        trace: Trace = silent,
+        **session: Any,
     ) -> None:
-        self.abandon = abandon
-        self.plan, self.spec, self.gradients, self.delay = plan, spec, gradients, delay
-        self.net = MemoryNetwork(self._on_send)
-        self.aggregator = Aggregator()
+        self.plan, self.spec, self.gradients, self.delay, self.abandon = plan, spec, gradients, delay, abandon
+        self.world = World(Aggregator(trace=trace))
         self.decoded: list[torch.Tensor] = []  # [steps] of [numel], as worker 0 sees them
         self.second: list[torch.Tensor] = []
         self.contributions: list[np.ndarray] = []
-        self.answers: dict[int, list[messages.FromAggregator]] = {k: [] for k in range(spec.workers)}
-        self.workers = [SimulatedWorker(self, k) for k in range(spec.workers)]
-        self.last_step = 0
-
-    def run(self, steps: int) -> None:
-        """Let time pass until every worker has applied `steps` steps."""
-        self.last_step = steps
-        for worker in self.workers:
-            self.net.at(0.0, worker.hello)
-        serve(self.aggregator, self.net, self.net, stop=lambda: self.done)
-        assert self.aggregator.failed is None, self.aggregator.failed
+        self.steps = [0] * spec.workers
+        self.computed = [0] * spec.workers
+        self.connections = [
+            self.world.connect(peer_of(k), session_for(spec, plan, k, **session)) for k in range(spec.workers)
+        ]
 
     @property
-    def done(self) -> bool:
-        return all(worker.step >= self.last_step for worker in self.workers)
+    def aggregator(self) -> Aggregator:
+        return self.world.aggregator
 
-    def tell(self, worker: int, message: messages.FromWorker, *payload: Any) -> None:
-        self.net.deliver(self.net.now(), peer_of(worker), [messages.encode_message(message), *payload])
+    @property
+    def net(self) -> Any:
+        return self.world.net
 
-    def _on_send(self, peer: bytes, frames: Any) -> None:
-        worker = int(peer.split(b"-")[1])
-        message = messages.decode_from_aggregator(frames[0])
-        if isinstance(message, messages.Result):
-            if worker == 0 and message.chunk == 0:
-                self.contributions.append(np.frombuffer(message.contributions, np.uint8).astype(int))
-            self.net.at(self.net.now(), lambda: self.workers[worker].on_result(message, frames[1:]))
-        elif isinstance(message, messages.Welcome):
-            self.net.at(self.net.now(), self.workers[worker].start)
-        elif not isinstance(message, messages.Ping | messages.Started):
-            self.answers[worker].append(message)
+    def run(self, steps: int, stop: Callable[[], bool] | None = None) -> None:
+        """Let time pass until every worker has applied `steps` steps."""
+        for worker in range(self.spec.workers):
+            self.world.start(lambda worker=worker: self._work(worker, steps))
+        self.world.run(stop)
+        assert self.aggregator.failed is None, self.aggregator.failed
 
+    def _work(self, worker: int, steps: int) -> None:
+        """Compute, push, take results, replay what closed without it; join the open step at once."""
+        connection = self.connections[worker]
+        connection.join(math.inf)
+        while self.steps[worker] < steps:
+            step = self.steps[worker]
+            if not connection.closed(step):
+                connection.begin(step)
+                delay_s = self.delay(worker, step)
+                closed = self.world.wait_for(lambda step=step: self.abandon and connection.closed(step), delay_s)
+                if not closed:
+                    push_all(connection, self.plan, step, self.gradients[worker])
+                    self.computed[worker] += 1
+            self._apply(worker)
 
-class SimulatedWorker:
-    """Computes, pushes, takes results, replays what closed without it; joins the open step at once."""
+    def _apply(self, worker: int) -> None:
+        scales: dict[int, float] = {}
 
-    def __init__(self, job: Job, number: int) -> None:
-        self.job, self.number = job, number
-        self.step = 0
-        self.computed = 0
-        self.computing = False
-        self.tracks: dict[int, dict[int, list[Any]]] = {}
+        def note(result: ClosedRound) -> None:
+            scales[result.chunk] = result.second_scale
+            if worker == 0 and result.chunk == 0:
+                self.contributions.append(result.counts)
 
-    def hello(self) -> None:
-        message = messages.Hello(version=messages.PROTOCOL_VERSION, worker=self.number, step=0, spec=self.job.spec)
-        self.job.tell(self.number, message, *([self.job.plan.to_json().encode()] if self.number == 0 else []))
-
-    def start(self) -> None:
-        """Begin the first step that has not closed, after replaying those that have."""
-        while len(self.tracks.get(self.step, ())) == self.job.spec.chunks:
-            self.apply()
-        if self.step >= self.job.last_step:
-            return
-        self.computing = True
-        self.job.tell(self.number, messages.Begin(self.step))
-        seconds = self.job.delay(self.number, self.step)
-        if np.isfinite(seconds):
-            step = self.step
-            self.job.net.at(self.job.net.now() + seconds, lambda: self.finish(step))
-
-    def finish(self, step: int) -> None:
-        if self.job.abandon and step < self.step:
-            return
-        spec, bits = self.job.spec, int(self.job.plan.bits[self.number])
-        key = derive_key(spec.seed, step, self.number)
-        for chunk in range(spec.chunks):
-            offset, numel = spec.chunk_span(chunk)
-            values = self.job.gradients[self.number, offset : offset + numel]
-            encoded = encode(values, bits, key=key, offset=offset)
-            push = messages.Push(step, chunk, bits, encoded.variance, encoded.squared_norm)
-            self.job.tell(self.number, push, encoded.to_buffer())
-        self.computing = False
-        self.computed += 1
-        if len(self.tracks.get(step, ())) == spec.chunks:
-            self.apply()
-            self.start()
-
-    def on_result(self, result: messages.Result, tracks: list[Any]) -> None:
-        if result.step < self.step:
-            return
-        self.tracks.setdefault(result.step, {})[result.chunk] = [result.bits, *tracks]
-        if self.computing and not self.job.abandon:
-            return
-        if result.step == self.step and len(self.tracks[self.step]) == self.job.spec.chunks:
-            self.apply()
-            self.start()
-
-    def apply(self) -> None:
-        results = self.tracks.pop(self.step)
-        if self.number == 0:
-            for track, kept in ((1, self.job.decoded), (2, self.job.second)):
-                if track <= self.job.spec.tracks:
-                    kept.append(torch.cat([self._decode(c, results[c], track) for c in sorted(results)]))
-        self.step += 1
-
-    def _decode(self, chunk: int, result: list[Any], track: int) -> torch.Tensor:
-        numel = self.job.spec.chunk_span(chunk)[1]
-        out = torch.empty(numel)
-        decode_sum([Encoded.from_buffer(result[track], numel, result[0])], [1.0], out, accumulate=False)
-        return out
+        decoded = take(self.connections[worker], note)
+        if worker == 0:
+            self.decoded.append(decoded)
+            second = decoded.clone()
+            for chunk, scale in scales.items():
+                offset, numel = self.spec.chunk_span(chunk)
+                second[offset : offset + numel] *= scale
+            self.second.append(second)
+        self.steps[worker] += 1
 
 
 def simple_plan(workers: int = 2, **options: Any) -> Plan:

@@ -10,7 +10,7 @@ import torch
 from test_schemes_codes import LATE
 from torch.utils.data import TensorDataset
 
-from torch_qgc.ddp.loader import random_partitions
+from torch_qgc.ddp.sampler import random_partitions
 from torch_qgc.planner.delays import ShiftedExponential
 from torch_qgc.simulator import Trace, simulate
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ipaddress
 import os
@@ -10,17 +9,21 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from torch_qgc.aggregator.job import Aggregator
+import msgspec
+
+from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.errors import ConfigError, JobFailed
+from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.protocol.transport import Clock, MonotonicClock, Sent, Transport, ZmqServer
 
-__all__ = ["AggregatorProcess", "check_bind", "main", "serve"]
+__all__ = ["AggregatorProcess", "Serving", "check_bind", "run", "serve"]
 
 READY = "torch_qgc aggregator at "
-_RUN = "import sys; from torch_qgc.aggregator.process import main; sys.exit(main())"
+_RUN = "import sys; from torch_qgc.aggregator.process import child; sys.exit(child())"
 
 
 def serve(
@@ -36,7 +39,7 @@ def serve(
             if peer not in gone and transport.send(peer, frames) is Sent.GONE:
                 gone.add(peer)
         for peer in gone:
-            aggregator.lost(peer)
+            aggregator.lost(peer, clock.now())
         if gone:
             aggregator.tick(clock.now())
         if aggregator.finished:
@@ -63,39 +66,79 @@ def check_bind(bind: str, *, insecure: bool) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one aggregator in this process; what `qgc aggregator` and the children of a job do."""
-    parser = argparse.ArgumentParser(prog="qgc aggregator", description="Run a torch_qgc aggregator.")
-    parser.add_argument("--bind", default="tcp://127.0.0.1:*", help="tcp://host:port; port * picks a free one")
-    parser.add_argument("--index", type=int, default=0, help="which aggregator this is")
-    parser.add_argument("--count", type=int, default=1, help="of how many")
-    parser.add_argument("--threads", type=int, default=1, help="threads that decode")
-    parser.add_argument("--max-message-mib", type=int, default=256, help="larger messages are cut off")
-    parser.add_argument("--insecure", action="store_true", help="allow an address that other machines can reach")
-    parser.add_argument("--child", action="store_true", help="stop when standard input is closed")
-    options = parser.parse_args(argv)
-    try:
-        check_bind(options.bind, insecure=options.insecure)
-    except ConfigError as error:
-        parser.error(str(error))
-    stopping = _stop_signals(ignore_interrupt=options.child)
-    transport = ZmqServer(options.bind, max_message_bytes=options.max_message_mib << 20)
-    print(f"{READY}{transport.endpoint}", flush=True)
-    aggregator = Aggregator(options.index, options.count, threads=options.threads)
-    try:
-        serve(aggregator, transport, MonotonicClock(), stop=lambda: stopping() or (options.child and _orphaned()))
-        if not aggregator.finished:
-            aggregator.fail("the aggregator was stopped, or the process that had started it (rank 0) has ended")
-    except Exception as error:
-        aggregator.fail(f"the aggregator failed: {error!r}")
-        raise
-    finally:
-        for peer, frames in aggregator.drain():
-            transport.send(peer, frames)
-        transport.close()
+class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one aggregator process is asked to do.
+
+    Args:
+        bind: tcp://host:port; port * picks a free one.
+        index, count: which aggregator this is, of how many.
+        threads: that decode.
+        max_message_mib: larger messages are cut off.
+        insecure: allow an address that other machines can reach.
+        child: a training process has started it: stop when standard input is closed, leave Ctrl-C to the parent.
+        trace: a file that gets one JSON line per event of the job (`torch_qgc.job.events`); None: none.
+    """
+
+    bind: str = "tcp://127.0.0.1:*"
+    index: int = 0
+    count: int = 1
+    threads: int = 1
+    max_message_mib: int = 256
+    insecure: bool = False
+    child: bool = False
+    trace: str | None = None
+
+
+def run(serving: Serving) -> int:
+    """Run one aggregator in this process until its job is finished; return the exit status, 1 if the job failed.
+
+    Raises:
+        ConfigError: it cannot be served like this.
+    """
+    check_bind(serving.bind, insecure=serving.insecure)
+    if not 0 <= serving.index < serving.count:
+        raise ConfigError(
+            f"index: expected a number in [0, {serving.count}), got {serving.index}: count aggregators from 0"
+        )
+    stopping = _stop_signals(ignore_interrupt=serving.child)
+    clock = MonotonicClock()
+    with contextlib.ExitStack() as stack:
+        trace = silent if serving.trace is None else _tracing(stack.enter_context(open(serving.trace, "wb")))
+        transport = ZmqServer(serving.bind, max_message_bytes=serving.max_message_mib << 20)
+        stack.callback(transport.close)
+        print(f"{READY}{transport.endpoint}", flush=True)
+        aggregator = Aggregator(serving.index, serving.count, threads=serving.threads, trace=trace)
+        try:
+            serve(aggregator, transport, clock, stop=lambda: stopping() or (serving.child and _orphaned()))
+            if not aggregator.finished:
+                why = "the aggregator was stopped, or the process that had started it (rank 0) has ended"
+                aggregator.fail(why, clock.now())
+        except Exception as error:
+            aggregator.fail(f"the aggregator failed: {error!r}", clock.now())
+            raise
+        finally:
+            for peer, frames in aggregator.drain():
+                transport.send(peer, frames)
     with contextlib.suppress(BrokenPipeError):  # a parent that is gone reads nothing
-        os.write(1 if options.child else 2, f"torch_qgc aggregator: {aggregator.report()}\n".encode())
+        os.write(1 if serving.child else 2, f"torch_qgc aggregator: {aggregator.report()}\n".encode())
     return 1 if aggregator.failed else 0
+
+
+def child() -> int:
+    """Run the aggregator that the first argument describes, as JSON: what `AggregatorProcess` starts."""
+    return run(msgspec.json.decode(sys.argv[1], type=Serving))
+
+
+def _tracing(file: BinaryIO) -> Trace:
+    """Return a trace that writes events as JSON lines."""
+    encoder = msgspec.json.Encoder(enc_hook=lambda value: value.tolist())  # numpy arrays
+
+    def trace(event: Event) -> None:
+        file.write(encoder.encode(event) + b"\n")
+        if event.name == "close":
+            file.flush()
+
+    return trace
 
 
 def _stop_signals(*, ignore_interrupt: bool) -> Callable[[], bool]:
@@ -122,16 +165,19 @@ class AggregatorProcess:
         host: address to listen on; the port is picked.
         index, count: which aggregator of how many.
         insecure: allow a host that other machines can reach.
+        trace: a file for the events of the job, see `Serving`.
     Raises:
         ConfigError: the host is not allowed.
         JobFailed: the process did not come up.
     """
 
-    def __init__(self, host: str, *, index: int = 0, count: int = 1, insecure: bool = False) -> None:
+    def __init__(
+        self, host: str, *, index: int = 0, count: int = 1, insecure: bool = False, trace: str | None = None
+    ) -> None:
         bind = f"tcp://{host}:*"
         check_bind(bind, insecure=insecure)
-        command = [sys.executable, "-c", _RUN, "--child", "--bind", bind]
-        command += ["--index", str(index), "--count", str(count)] + ["--insecure"] * insecure
+        serving = Serving(bind=bind, index=index, count=count, insecure=insecure, child=True, trace=trace)
+        command = [sys.executable, "-c", _RUN, msgspec.json.encode(serving).decode()]
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True, text=True

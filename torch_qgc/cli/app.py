@@ -96,18 +96,23 @@ def aggregator(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="allow an address that other machines can reach")
     ] = False,
+    trace: Annotated[Path | None, typer.Option(help="write the job's events to this file, a JSON line each")] = None,
 ) -> None:
     """Run an aggregator that workers dial in to, until their job is finished."""
 
     from torch_qgc.aggregator import process
 
-    if not 0 <= index < count:
-        typer.echo(f"qgc: index: expected a number in [0, {count}), got {index}: count aggregators from 0", err=True)
-        raise typer.Exit(2)
-    arguments = ["--bind", bind, "--index", str(index), "--count", str(count), "--threads", str(threads)]
-    arguments += ["--max-message-mib", str(max_message_mib)] + ["--insecure"] * insecure
+    serving = process.Serving(
+        bind=bind,
+        index=index,
+        count=count,
+        threads=threads,
+        max_message_mib=max_message_mib,
+        insecure=insecure,
+        trace=None if trace is None else str(trace),
+    )
     with reporting():
-        status = process.main(arguments)
+        status = process.run(serving)
     raise typer.Exit(status)
 
 

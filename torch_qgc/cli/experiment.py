@@ -14,9 +14,9 @@ import numpy as np
 from torch_qgc import schemes
 from torch_qgc.cli.delays import read_delays
 from torch_qgc.errors import ConfigError, PlanError
-from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner.checks import Floats, per_worker
 from torch_qgc.planner.delays import DelayModel, Empirical, ShiftedExponential
+from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
 from torch_qgc.simulator import IDEAL, Experiment
 from torch_qgc.simulator.experiment import SchemeLike
@@ -56,16 +56,6 @@ class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     csv: str | None = None
 
 
-class Rule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The fields of `ClosingRule`."""
-
-    deadline_s: float | None = None
-    warmup_steps: int = 3
-    quorum: int = 1
-    late: Literal["fold", "drop"] = "fold"
-    max_staleness: int = 8
-
-
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """A file: a task, delays, schemes by name, and fields of `Experiment`."""
 
@@ -75,7 +65,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     task: str = "text"
     task_options: dict[str, Any] = {}
     deadline_s: float | None = None
-    rule: Rule | None = None
+    rule: ClosingRule | None = None
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.0
@@ -104,8 +94,7 @@ def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = 
         config = msgspec.structs.replace(config, steps=steps)
     if runs is not None:
         config = msgspec.structs.replace(config, runs=runs)
-    rule = None if config.rule is None else ClosingRule(**msgspec.structs.asdict(config.rule))
-    deadline_s = config.deadline_s if rule is None else rule.deadline_s
+    deadline_s = config.deadline_s if config.rule is None else config.rule.deadline_s
     delays = _delays(config.delays, deadline_s, path.parent)
     late = np.zeros(delays.sample(np.random.default_rng(0), 1).size)
     if deadline_s is not None:
@@ -122,7 +111,7 @@ def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = 
         collate=task.collate,
         schemes=made,
         delays=delays,
-        rule=rule,
+        rule=config.rule,
         **kept,
     )
 

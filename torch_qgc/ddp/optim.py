@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler
 
+from torch_qgc.ddp.state import QGCState
 from torch_qgc.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch_qgc.ddp.state import QGCState
+from torch_qgc.worker.replica import Replica
 
 __all__ = ["CodedAdam", "CodedAdamW", "CodedSGD", "two_track_adam"]
-
-SecondTrack = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,19 +26,32 @@ _adam_step = _unhooked(torch.optim.Adam.step)
 class _Coded(torch.optim.Optimizer):
     """Attach the optimizer to the state, and refuse steps on gradients that were not exchanged."""
 
-    _state: QGCState | None = None  # also of copies and of what was unpickled: these are torch's optimizers again
+    _replica: Replica | None = None  # also of copies and of what was unpickled: these are torch's optimizers again
 
     def __init__(self, params: Any, state: QGCState, *args: Any, **kwargs: Any) -> None:
+        replica = _replica_of(type(self).__name__, state)
         super().__init__(params, *args, **kwargs)
-        self._state = state
-        state.attach(self)
+        self.adopt(replica)
+        replica.update.attach(self)
         self.register_step_pre_hook(_check_exchanged)
+
+    def adopt(self, replica: Replica) -> None:
+        """Take what the steps need from this replica; Lightning does so for optimizers that were made without it."""
+        self._replica = replica
+
+
+def _replica_of(name: str, state: Any) -> Replica:
+    if isinstance(state, QGCState):
+        return state.replica
+    raise ConfigError(
+        f"{name}: expected the QGCState as second argument, got {state!r}: {name}(model.parameters(), state, lr=...)"
+    )
 
 
 @_disable_dynamo  # a compiled step has nothing to find in there
 def _check_exchanged(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if isinstance(optimizer, _Coded) and optimizer._state is not None:
-        optimizer._state.check_exchanged()
+    if isinstance(optimizer, _Coded) and optimizer._replica is not None:
+        optimizer._replica.check_exchanged()
 
 
 class CodedSGD(_Coded, torch.optim.SGD):
@@ -57,11 +67,12 @@ class CodedSGD(_Coded, torch.optim.SGD):
 class CodedAdam(_Coded, torch.optim.Adam):
     """torch.optim.Adam with the second track in its denominator (Song & Choi, section V-E).
 
-        m = b1 m + (1 - b1) g1,   v = b2 v + (1 - b2) g2^2
+        m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) (s g)^2
 
-    g1 is the unbiased decoded gradient, g2 the same payloads decoded with the plan's second coefficients, which
-    trade a little bias for less variance: noise in g1 would inflate v and shrink the steps. Without a second
-    track (no deadline, or a plan without one) g2 = g1 and this is torch's Adam.
+    g is `.grad` as the step finds it: the unbiased decoded gradient, clipped if the loop clips it. s is the number that
+    turns the unbiased coefficients of the round into the plan's second ones, which trade a little bias for less
+    variance: noise in g would inflate v and shrink the steps. Where everybody is in, and with a plan without a second
+    track, s = 1 and this is torch's Adam.
 
     Args:
         params: parameters or groups, as in torch.
@@ -70,41 +81,46 @@ class CodedAdam(_Coded, torch.optim.Adam):
             `betas=(0, ...)`, which raise.
     """
 
-    def __init__(self, params: Any, state: QGCState, *args: Any, **kwargs: Any) -> None:
-        super().__init__(params, state, *args, **kwargs)
-        if state.request_second_track():
-            # GradScaler must unscale: a fused step that does so itself would see the second track alone.
-            self._step_supports_amp_scaling = False
-
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one step; with two tracks the first moment sees the first, the second moment the second."""
+        """Make one step; the first moment sees the gradient, the second moment the second track."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._has_second_track():
-            two_track_adam(self, self._second_track)
+        seconds = self._second_tracks()
+        if seconds:
+            two_track_adam(self, seconds)
         else:
             _adam_step(self)
         return loss
 
-    @_disable_dynamo
-    def _has_second_track(self) -> bool:
-        return self._state is not None and self._state.second_track(self.param_groups[0]["params"][0]) is not None
+    def adopt(self, replica: Replica) -> None:
+        """Take what the steps need from this replica."""
+        super().adopt(replica)
+        if replica.plan.second_track is not None:
+            # GradScaler must unscale: a fused step that does so itself would see the second track alone.
+            self._step_supports_amp_scaling = False
 
-    def _second_track(self, parameter: torch.Tensor) -> torch.Tensor:
-        assert self._state is not None
-        second = self._state.second_track(parameter)
-        assert second is not None
-        return second
+    @_disable_dynamo
+    def _second_tracks(self) -> dict[torch.Tensor, torch.Tensor]:
+        """Return what Adam squares, of the parameters where that is not the gradient itself."""
+        seconds: dict[torch.Tensor, torch.Tensor] = {}
+        if self._replica is None:
+            return seconds
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p in self._replica.layout:
+                scale = self._replica.second_scale(p)
+                if isinstance(scale, torch.Tensor) or scale != 1.0:
+                    seconds[p] = (p.grad * scale).to(p.grad.dtype)
+        return seconds
 
 
 class CodedAdamW(CodedAdam, torch.optim.AdamW):
     """CodedAdam with decoupled weight decay, as torch.optim.AdamW is to Adam."""
 
 
-def two_track_adam(optimizer: torch.optim.Adam, second_track: SecondTrack) -> None:
-    """Make one step of torch's Adam or AdamW whose first moment sees `.grad` and whose second moment another gradient.
+def two_track_adam(optimizer: torch.optim.Adam, seconds: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Make one step of torch's Adam or AdamW whose second moment sees another gradient than `.grad`.
 
         m = b1 m + (1 - b1) g1,   v = b2 v + (1 - b2) g2^2        (Song & Choi, section V-E)
 
@@ -117,11 +133,11 @@ def two_track_adam(optimizer: torch.optim.Adam, second_track: SecondTrack) -> No
 
     Args:
         optimizer: torch.optim.Adam, AdamW or a subclass.
-        second_track: parameter -> g2 in the parameter's shape, any strides and dtype; not written to.
+        seconds: parameter -> g2 in the parameter's shape; `.grad` for those that are left out.
     Raises:
         ConfigError: b1 = 0 or differentiable=True.
     """
-    firsts = _second_into_grad(optimizer, second_track)
+    firsts = _second_into_grad(optimizer, seconds)
     _adam_step(optimizer)
     _put_back(firsts)
 
@@ -129,7 +145,7 @@ def two_track_adam(optimizer: torch.optim.Adam, second_track: SecondTrack) -> No
 @_disable_dynamo
 @torch.no_grad()
 def _second_into_grad(
-    optimizer: torch.optim.Adam, second_track: SecondTrack
+    optimizer: torch.optim.Adam, seconds: Mapping[torch.Tensor, torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Shift the first moments and put the second track into `.grad`; return what was there."""
     firsts = []
@@ -147,7 +163,7 @@ def _second_into_grad(
         optimizer._init_group(group, params, first, moments, [], [], [])  # type: ignore[no-untyped-call]  # makes the moments before the first step
         if not params:
             continue
-        second = [_laid_out_as(p, second_track(p)) for p in params]
+        second = [seconds.get(p, g) for p, g in zip(params, first)]
         factor = (1.0 - beta1) / beta1
         torch._foreach_add_(moments, torch._foreach_sub(first, second), alpha=-factor if group["maximize"] else factor)
         for p, g1, g2 in zip(params, first, second):
@@ -160,10 +176,3 @@ def _second_into_grad(
 def _put_back(gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for p, gradient in gradients:
         p.grad = gradient
-
-
-def _laid_out_as(parameter: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return the second track in the parameter's dtype and memory format, which torch's kernels are fast for."""
-    if second.dtype == parameter.dtype and second.stride() == parameter.stride():
-        return second
-    return torch.empty_like(parameter).copy_(second)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_qgc.aggregator.process import AggregatorProcess
-from torch_qgc.errors import ConfigError, QGCError
+from torch_qgc.errors import ConfigError, JobFailed, QGCError
 from torch_qgc.worker.layout import Layout
 
-__all__ = ["Network", "check_model", "check_step", "gather", "start_aggregators"]
+__all__ = ["Network", "agree", "check_model", "check_step", "start_aggregators"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,14 @@ class Network:
         host: address on which aggregators that are started as children of this job listen.
         insecure: allow a host that other machines can reach, without encryption; on a network you trust.
         endpoints: addresses of aggregators that run already (`qgc aggregator --bind`); none is started then.
+        trace: a file for the events of the aggregators that are started, one JSON line each; "{}" in its name becomes
+            the aggregator's number.
     """
 
     host: str = "127.0.0.1"
     insecure: bool = False
     endpoints: tuple[str, ...] = ()
+    trace: str | None = None
 
 
 def check_model(model: Any) -> DistributedDataParallel:
@@ -85,6 +89,26 @@ def check_step(model: DistributedDataParallel, layout: Layout, frozen: Sequence[
         )
 
 
+@contextlib.contextmanager
+def agree(process_group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Let what one rank refuses in this block be refused by all: nobody is left waiting for it.
+
+    Raises:
+        ConfigError: on every rank if this rank or another has raised a QGCError.
+    """
+    error: QGCError | None = None
+    try:
+        yield
+    except QGCError as own:
+        error = own
+    problems = gather(process_group, None if error is None else str(error)) if process_group is not None else []
+    if error is not None:
+        raise error
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise ConfigError(f"rank {rank}: {problem}")
+
+
 def gather(process_group: dist.ProcessGroup | None, value: Any) -> list[Any]:
     """Return every rank's value, in rank order."""
     values: list[Any] = [None] * dist.get_world_size(process_group)
@@ -102,26 +126,31 @@ def start_aggregators(
     Raises:
         ConfigError: on every rank if it happens on one.
     """
-    rank, workers = dist.get_rank(process_group), dist.get_world_size(process_group)
     if network.endpoints:
         return network.endpoints, []
+    rank, workers = dist.get_rank(process_group), dist.get_world_size(process_group)
     children: list[AggregatorProcess] = []
-    problem = None
     try:
-        for index in range(rank, count, workers):
-            children.append(AggregatorProcess(network.host, index=index, count=count, insecure=network.insecure))
-    except (QGCError, OSError) as error:
-        problem = f"rank {rank}: {error}"
-    found = gather(process_group, ([child.endpoint for child in children], problem, socket.gethostname()))
-    problems = [text for _, text, _ in found if text]
-    hosts = sorted({host for _, _, host in found})
-    if len(hosts) > 1 and network.host in ("127.0.0.1", "localhost", "::1"):
-        problems.append(
-            f"the ranks run on {len(hosts)} machines ({', '.join(hosts[:4])}), but the aggregator would listen on "
-            f"{network.host} alone: Network(host=<rank 0's address>, insecure=True) on a network you trust"
-        )
-    if problems:
+        with agree(process_group):
+            hosts = sorted(set(gather(process_group, socket.gethostname())))
+            if len(hosts) > 1 and network.host in ("127.0.0.1", "localhost", "::1"):
+                raise ConfigError(
+                    f"the ranks run on {len(hosts)} machines ({', '.join(hosts[:4])}), but the aggregator would listen "
+                    f"on {network.host} alone: Network(host=<rank 0's address>, insecure=True) on a network you trust"
+                )
+            for index in range(rank, count, workers):
+                children.append(_start(network, index, count))
+    except QGCError:
         for child in children:
             child.stop(timeout_s=0.0)
-        raise ConfigError("; ".join(problems))
-    return [found[index % workers][0][index // workers] for index in range(count)], children
+        raise
+    found = gather(process_group, [child.endpoint for child in children])
+    return [found[index % workers][index // workers] for index in range(count)], children
+
+
+def _start(network: Network, index: int, count: int) -> AggregatorProcess:
+    trace = None if network.trace is None else network.trace.format(index)
+    try:
+        return AggregatorProcess(network.host, index=index, count=count, insecure=network.insecure, trace=trace)
+    except OSError as error:
+        raise JobFailed(f"the aggregator's process cannot be started: {error}") from error

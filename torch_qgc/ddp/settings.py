@@ -1,4 +1,4 @@
-"""Bounds and agreements of a job: what is not about the model and not about the plan."""
+"""Bounds of a job, and the plan it takes if it is given none."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner import Plan, make_plan
-from torch_qgc.protocol.messages import JobSpec
-from torch_qgc.worker.layout import Layout
 
-__all__ = ["Limits", "Settings", "choose_plan"]
+__all__ = ["Limits", "choose_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,71 +32,6 @@ class Limits:
     inbox_bytes: int = 512 << 20
     join_timeout_s: float = 300.0
     silence_s: float = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What QGCState was asked for, checked.
-
-    Raises:
-        ConfigError: a value out of range, or a plan for another number of workers.
-    """
-
-    workers: int
-    plan: Plan
-    rule: ClosingRule
-    downlink_bits: int
-    aggregators: int
-    verify_every: int
-    limits: Limits
-
-    def __post_init__(self) -> None:
-        if self.plan.num_workers != self.workers:
-            raise ConfigError(
-                f"plan: expected one for {self.workers} workers (the process group's size), got one for "
-                f"{self.plan.num_workers}: make_plan needs one straggle probability per rank"
-            )
-        if self.plan.parts != 1:
-            raise ConfigError(
-                f"plan: expected one in which every worker sends whole gradients, got one that cuts them into "
-                f"{self.plan.parts} parts: such codes are for the simulator and `residual` only"
-            )
-        if self.rule.warmup_steps < 2:
-            raise ConfigError(
-                f"warmup_steps: expected at least 2 (DDP rebuilds its buckets then), got {self.rule.warmup_steps}"
-            )
-        if self.downlink_bits != 32 and not 2 <= self.downlink_bits <= 16:
-            raise ConfigError(f"downlink_bits: expected 2..16, or 32 for fp32, got {self.downlink_bits}")
-        if not 1 <= self.aggregators <= self.workers:
-            raise ConfigError(
-                f"aggregators: expected 1..{self.workers} (one per worker at most), got {self.aggregators}"
-            )
-        if self.verify_every < 0:
-            raise ConfigError(f"verify_every: expected a number of steps, or 0 for never, got {self.verify_every}")
-
-    def job_spec(self, layout: Layout, *, first_step: int, seed: int, tracks: int, aggregators: int) -> JobSpec:
-        """Return what all workers and aggregators of this job must agree on."""
-        return JobSpec(
-            workers=self.workers,
-            numel=layout.numel,
-            chunk_numel=layout.chunk_numel,
-            layout_digest=layout.digest,
-            plan_digest=self.plan.digest(),
-            first_step=first_step,
-            seed=seed,
-            aggregators=aggregators,
-            tracks=2 if tracks == 2 else 1,
-            downlink_bits=self.downlink_bits,
-            deadline_s=self.rule.deadline_s,
-            warmup_steps=self.rule.warmup_steps,
-            quorum=self.rule.quorum,
-            late=self.rule.late,
-            max_staleness=self.rule.max_staleness,
-            verify_every=self.verify_every,
-            log_steps=self.limits.log_steps,
-            log_bytes=self.limits.log_bytes,
-            join_timeout_s=self.limits.join_timeout_s,
-        )
 
 
 def choose_plan(

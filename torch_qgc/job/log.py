@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
-from torch_qgc.errors import ProtocolError
-from torch_qgc.kernels import payload_bytes
-from torch_qgc.protocol.messages import JobSpec
-
-__all__ = ["ResultLog", "result_bytes"]
-
-
-def result_bytes(spec: JobSpec, chunks: Sequence[int]) -> int:
-    """Return the payload bytes of one step's results over the given chunks."""
-    return spec.tracks * sum(payload_bytes(spec.chunk_span(c)[1], spec.downlink_bits) for c in chunks)
+__all__ = ["ResultLog"]
 
 
 class ResultLog:
-    """The newest `capacity` steps of results, bounded in steps and in bytes.
+    """The newest `capacity` steps of results.
 
-    Raises:
-        ProtocolError: log_bytes cannot hold four steps, too few for anybody to be late.
+    Args:
+        capacity: steps; `JobSpec.log_capacity` says how many fit into the job's bounds.
     """
 
-    def __init__(self, spec: JobSpec, chunks: Sequence[int]) -> None:
-        step_bytes = max(result_bytes(spec, chunks), 1)
-        self.capacity = min(spec.log_steps, spec.log_bytes // step_bytes)  # steps
-        if self.capacity < 4:
-            raise ProtocolError(
-                f"the log must hold at least 4 steps: one step's results are {step_bytes:,} bytes, log_bytes is "
-                f"{spec.log_bytes:,} and log_steps {spec.log_steps}: raise them, or lower downlink_bits"
-            )
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self._frames: OrderedDict[int, dict[int, list[Any]]] = OrderedDict()
         self.bytes = 0
 

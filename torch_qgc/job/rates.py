@@ -54,6 +54,12 @@ class ArrivalRates:
         rates: NDArray[np.float64] = np.where(np.isfinite(gap), 1.0 / np.maximum(gap, 1e-9), 0.0)
         return rates
 
+    def overall(self) -> NDArray[np.float64]:
+        """Return [K] expected contributions per round over all chunks; 0 for workers that none was seen of."""
+        gap = self.mean_gap.mean(axis=1)
+        rates: NDArray[np.float64] = np.where(np.isfinite(gap), 1.0 / np.maximum(gap, 1e-9), 0.0)
+        return rates
+
     def update(self, chunk: int, counts: NDArray[np.int64], alive: NDArray[np.bool_]) -> None:
         """Enter a closed round: counts [K] payloads of each worker in it; the dead are not counted as late."""
         self._open_gap[:, chunk] += alive

@@ -1,107 +1,256 @@
-"""Who is in, and when does it close: the pure rule of one chunk of one step."""
+"""Who is in, when a round closes, what is folded, and what arrivals weigh: the one implementation of a job's rules.
+
+No clock and no sockets in here. The aggregator drives it with messages and its own clock, the simulator with a virtual
+one, tests with recorded arrivals.
+"""
 
 from __future__ import annotations
 
+import enum
+import math
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-from torch_qgc.errors import ConfigError
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["ClosingRule", "Round"]
+from torch_qgc.errors import ProtocolError
+from torch_qgc.job.events import Event, Trace, silent
+from torch_qgc.job.rates import ArrivalRates
+from torch_qgc.job.roster import Roster
+from torch_qgc.protocol.contract import ClosingRule
+
+__all__ = ["Closing", "Fate", "Rounds"]
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClosingRule:
-    """When a step closes, and what becomes of payloads that come after that.
+class Fate(enum.Enum):
+    """What becomes of a payload that has arrived."""
 
-    Args:
-        deadline_s: seconds after the step's first BEGIN at which it closes without the late ones; None waits
-            for all, as DDP does. Shorter: faster steps, more stragglers left out.
-        warmup_steps: that many first steps wait for all (DDP's own one-time collectives happen there).
-        quorum: a step never closes on fewer arrivals; the deadline is extended until they are in.
-        late: "fold" lets a late payload enter the open round of its chunk, "drop" discards it.
-        max_staleness: how many steps old a folded payload may be.
+    IN_TIME = "in time"
+    FOLDED = "folded"  # late: enters the open round
+    DROPPED = "dropped"  # too late
+
+
+@dataclass(frozen=True)
+class Closing(Generic[T]):
+    """A round that has closed, and everything its decoding needs.
+
+    Attributes:
+        step, chunk: which round.
+        payloads: (worker, the step it was made for, payload), in decode order: by worker, then by step.
+        counts: [K] int64 payloads of each worker.
+        rates: [K] contributions per round r_k that the coefficients m_k / r_k take. The shares of the dead are spread
+            over the living: the r_k are multiplied by the living's part of all shares.
+        alive: [K] bool, who was in the job.
+        waited_for_all: everybody alive is in it; its r_k are 1 and it says nothing about rates.
+        extended_s: seconds that it was open after its deadline, for its quorum or for a worker about to fall off the
+            log.
     """
-
-    deadline_s: float | None = None
-    warmup_steps: int = 3
-    quorum: int = 1
-    late: Literal["fold", "drop"] = "fold"
-    max_staleness: int = 8
-
-    def __post_init__(self) -> None:
-        if self.deadline_s is not None and not 0 < self.deadline_s < float("inf"):
-            raise ConfigError(
-                f"deadline_s: expected a positive number of seconds, or None to wait for all, got {self.deadline_s!r}"
-            )
-        if self.warmup_steps < 0 or self.quorum < 1 or self.max_staleness < 0:
-            raise ConfigError(
-                "expected warmup_steps >= 0, quorum >= 1 and max_staleness >= 0, got "
-                f"{self.warmup_steps}, {self.quorum} and {self.max_staleness}"
-            )
-        if self.late not in ("fold", "drop"):
-            raise ConfigError(f"late: expected 'fold' or 'drop', got {self.late!r}")
-
-    def waits_for_all(self, step: int) -> bool:
-        """Tell whether a step closes only when every live worker is in."""
-        return self.deadline_s is None or step < self.warmup_steps
-
-    def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
-        """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
-
-        Where late payloads are dropped, a worker that can no longer make it had better begin the next step with the
-        others. A step that has just begun is always tried, else a slow worker would never take part; one that is
-        still open after its deadline lacks its quorum, and needs everybody.
-
-        Args:
-            step: counted from the job's first.
-            elapsed_s: for how long the step's clock has been running; None if nobody has begun it.
-            usual_s: how long this worker usually takes; None if it does not know yet.
-        """
-        if self.late == "fold" or self.waits_for_all(step) or elapsed_s is None or usual_s is None:
-            return 0.0
-        assert self.deadline_s is not None
-        if elapsed_s < self.deadline_s / 4 or elapsed_s + usual_s <= self.deadline_s or elapsed_s > self.deadline_s:
-            return 0.0
-        return 1.25 * self.deadline_s - elapsed_s  # a quarter for the results to come
-
-
-@dataclass
-class Round(Generic[T]):
-    """One chunk of one step while it is open. `T` is whatever is kept of a payload."""
 
     step: int
     chunk: int
-    rule: ClosingRule
-    payloads: dict[tuple[int, int], T] = field(default_factory=dict)  # (worker, the step it was made for)
+    payloads: list[tuple[int, int, T]]
+    counts: NDArray[np.int64]
+    rates: NDArray[np.float64]
+    alive: NDArray[np.bool_]
+    waited_for_all: bool
+    extended_s: float
 
-    def add(self, worker: int, made_for: int, payload: T) -> None:
-        """Enter a payload, timely (made_for == step) or folded (made_for < step)."""
-        self.payloads[worker, made_for] = payload
+
+@dataclass
+class _Round(Generic[T]):
+    """One chunk of one step while it is open."""
+
+    step: int
+    payloads: dict[tuple[int, int], T] = field(default_factory=dict)  # (worker, the step it was made for)
+    present: set[int] = field(default_factory=set)  # workers whose payload for this very step is in
+
+
+class Rounds(Generic[T]):
+    """The open rounds of some chunks of one job; there is one per chunk. `T` is whatever is kept of a payload.
+
+    Args:
+        rule: when rounds close.
+        shares: [K] float64, fraction of the data that each worker answers for.
+        prior_rates: [K] expected contributions per round, 1 - p_k.
+        chunks: which chunks.
+        first_step: of the job.
+        log_steps: results that are kept. A worker that is about to lack one that is not kept is waited for.
+        join_by_s: when workers that have not joined are no longer waited for.
+        trace: is told what happens.
+    """
+
+    def __init__(
+        self,
+        rule: ClosingRule,
+        shares: NDArray[np.float64],
+        prior_rates: NDArray[np.float64],
+        *,
+        chunks: Sequence[int] = (0,),
+        first_step: int = 0,
+        log_steps: int,
+        join_by_s: float = math.inf,
+        trace: Trace = silent,
+    ) -> None:
+        self.rule, self.chunks = rule, list(chunks)
+        self.roster = Roster(len(shares), join_by_s)
+        self.rates = ArrivalRates(prior_rates, chunks=len(self.chunks))
+        self._shares, self._first_step, self._log_steps, self._trace = shares, first_step, log_steps, trace
+        self._open: dict[int, _Round[T]] = {chunk: _Round(first_step) for chunk in self.chunks}
+        self._column = {chunk: i for i, chunk in enumerate(self.chunks)}
+        self._last = np.full((len(shares), len(self.chunks)), -1, dtype=np.int64)  # newest step that each delivered
+        self.began_at_s: dict[int, float] = {}  # of the steps that are open
+
+    # --- where the job is -------------------------------------------------------------------------------
 
     @property
-    def present(self) -> set[int]:
-        """Workers whose payload for this very step is in."""
-        return {worker for worker, made_for in self.payloads if made_for == self.step}
+    def oldest(self) -> int:
+        """The oldest step that is open for some chunk."""
+        return min(r.step for r in self._open.values())
 
-    def is_due(
-        self, now: float, began_at: float | None, awaited: AbstractSet[int], leashed: AbstractSet[int] = frozenset()
-    ) -> bool:
-        """Tell whether the round closes now.
+    @property
+    def newest(self) -> int:
+        """The newest step that is open for some chunk."""
+        return max(r.step for r in self._open.values())
 
-        Args:
-            now: seconds on the aggregator's clock.
-            began_at: when the step's clock started; None if nobody has begun it.
-            awaited: workers that may still send (not dead, not gone).
-            leashed: workers without which the round must not close, deadline or not: they would fall off the log.
+    def open_step(self, chunk: int) -> int:
+        """Return the step that is open for a chunk.
+
+        Raises:
+            ProtocolError: the chunk is not one of these.
         """
-        present = self.present
+        if chunk not in self._open:
+            raise ProtocolError(f"expected one of the {len(self.chunks)} chunks that are aggregated here, got {chunk}")
+        return self._open[chunk].step
+
+    def waits_for_all(self, step: int) -> bool:
+        """Tell whether a step closes only when every live worker is in."""
+        return self.rule.waits_for_all(step - self._first_step)
+
+    def present(self, chunk: int) -> AbstractSet[int]:
+        """Return the workers whose payload for the open step of a chunk is in."""
+        return self._open[chunk].present
+
+    # --- what happens -----------------------------------------------------------------------------------
+
+    def join(self, worker: int, step: int, now: float) -> None:
+        """Enter a worker whose first missing result is that of `step`."""
+        self.roster.join(worker, step)
+        self._trace(Event(now, "join", step, None, worker, {}))
+
+    def leave(self, worker: int, now: float, how: str = "left") -> None:
+        """Take out a worker that has left or was lost; rounds that waited for it alone are due."""
+        self.roster.remove(worker)
+        self._trace(Event(now, how, None, None, worker, {}))
+
+    def begin(self, worker: int, step: int, now: float) -> bool:
+        """Note that a worker computes a step; tell whether it is the first to, which starts the step's clock.
+
+        Raises:
+            ProtocolError: the step before has not closed.
+        """
+        if step > self.newest:
+            raise ProtocolError(f"worker {worker} begins step {step}, but step {self.newest} has not closed yet")
+        self.roster.advance(worker, step)
+        self._trace(Event(now, "begin", step, None, worker, {}))
+        if step in self.began_at_s or step < self.oldest:
+            return False
+        self.began_at_s[step] = now
+        return True
+
+    def arrive(self, worker: int, made_for: int, chunk: int, payload: T, now: float) -> Fate:
+        """Take a payload.
+
+        Raises:
+            ProtocolError: not one of these chunks, a step that cannot have begun, or a second payload for one round.
+        """
+        open_step = self.open_step(chunk)
+        current, column = self._open[chunk], self._column[chunk]
+        if made_for > open_step:
+            raise ProtocolError(
+                f"worker {worker}, step {made_for}, chunk {chunk}: a payload for a step that cannot have begun; step "
+                f"{open_step} is open"
+            )
+        if made_for <= self._last[worker, column]:
+            raise ProtocolError(
+                f"worker {worker}, step {made_for}, chunk {chunk}: a second payload for a chunk that was already "
+                "delivered"
+            )
+        self._last[worker, column] = made_for
+        staleness = open_step - made_for
+        if staleness == 0:
+            fate = Fate.IN_TIME
+            current.present.add(worker)
+        elif self.rule.late == "fold" and staleness <= self.rule.max_staleness:
+            fate = Fate.FOLDED
+        else:
+            fate = Fate.DROPPED
+        if fate is not Fate.DROPPED:
+            current.payloads[worker, made_for] = payload
+        self._trace(Event(now, "arrive", made_for, chunk, worker, {"fate": fate.value}))
+        return fate
+
+    # --- closing ----------------------------------------------------------------------------------------
+
+    def close_due(self, now: float, chunks: Iterable[int] | None = None) -> list[Closing[T]]:
+        """Close the rounds that are due now, of all chunks or of those that something has happened to."""
+        awaited = self.roster.awaited(now)
+        due = [c for c in (self.chunks if chunks is None else chunks) if self._is_due(self._open[c], now, awaited)]
+        return [self._close(chunk, now) for chunk in due]
+
+    def next_deadline_s(self, now: float) -> float:
+        """Return when the next deadline is; infinite if there is none ahead.
+
+        A deadline that has passed waits for its quorum, which only an arrival can complete.
+        """
+        if self.rule.deadline_s is None:
+            return math.inf
+        ahead = [began + self.rule.deadline_s for began in self.began_at_s.values()]
+        return min((at for at in ahead if at > now), default=math.inf)
+
+    def _is_due(self, current: _Round[T], now: float, awaited: AbstractSet[int]) -> bool:
+        present = current.present
         if awaited and awaited <= present:
             return True
-        if began_at is None or self.rule.waits_for_all(self.step) or not leashed <= present:
+        began_at_s = self.began_at_s.get(current.step)
+        if began_at_s is None or self.waits_for_all(current.step):
             return False
         assert self.rule.deadline_s is not None
-        return now >= began_at + self.rule.deadline_s and len(present) >= min(self.rule.quorum, max(len(awaited), 1))
+        if now < began_at_s + self.rule.deadline_s or len(present) < min(self.rule.quorum, max(len(awaited), 1)):
+            return False
+        return self.roster.behind(current.step - self._log_steps + 2) <= present  # they would fall off the log
+
+    def _close(self, chunk: int, now: float) -> Closing[T]:
+        current, column = self._open[chunk], self._column[chunk]
+        waits = self.waits_for_all(current.step)
+        alive = self.roster.alive.copy()
+        payloads = [(worker, made_for, kept) for (worker, made_for), kept in sorted(current.payloads.items(), key=_key)]
+        counts = np.bincount([worker for worker, _, _ in payloads], minlength=len(alive)).astype(np.int64)
+        rates = np.ones(len(alive)) if waits else self.rates.rates(column)
+        rates = rates * max(float(self._shares[alive].sum()), 1e-9)
+        extended_s = 0.0
+        if not waits:
+            self.rates.update(column, counts, alive)
+            if self.rule.deadline_s is not None and current.step in self.began_at_s:
+                extended_s = max(now - self.began_at_s[current.step] - self.rule.deadline_s, 0.0)
+        self._open[chunk] = _Round(current.step + 1)
+        for past in [step for step in self.began_at_s if step < self.oldest]:
+            del self.began_at_s[past]
+        detail = {"counts": counts, "extended_s": extended_s, "alive": alive}
+        self._trace(Event(now, "close", current.step, chunk, None, detail))
+        return Closing(current.step, chunk, payloads, counts, rates, alive, waits, extended_s)
+
+    def __repr__(self) -> str:
+        steps = f"step {self.oldest}" if self.oldest == self.newest else f"steps {self.oldest} to {self.newest}"
+        return (
+            f"Rounds({steps} open, {len(self.chunks)} chunks, {int(self.roster.alive.sum())} of "
+            f"{len(self._shares)} workers alive)"
+        )
+
+
+def _key(entry: tuple[tuple[int, int], object]) -> tuple[int, int]:
+    return entry[0]

@@ -5,46 +5,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from torch_qgc.ddp.loader import CodedSampler, make_loader
+from torch_qgc.ddp.loader import make_loader
+from torch_qgc.ddp.sampler import CodedSampler
 from torch_qgc.errors import ConfigError
+from torch_qgc.worker.replica import Replica
 
 __all__ = ["ReplayingLoader", "Turn", "code_sampling"]
-
-
-class Stepper(Protocol):
-    """What a turn needs of QGCState."""
-
-    @property
-    def step(self) -> int:
-        """The step that this replica makes next."""
-
-    def missed(self) -> bool:
-        """Tell whether the current step closes without this worker."""
 
 
 class Turn:
     """Whether this rank computes the current step or replays it; decided once per step, at its first batch."""
 
-    def __init__(self, state: Stepper) -> None:
-        self._state = state
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
         self._decided_step = -1
         self.replays = False
 
     def take(self, *, may_replay: bool) -> bool:
         """Decide, unless the current step was decided on already; return whether it is replayed."""
-        if self._decided_step != self._state.step:
-            self.replays = may_replay and self._state.missed()
-            self._decided_step = self._state.step
+        if self._decided_step != self._replica.step:
+            self.replays = may_replay and self._replica.missed()
+            self._decided_step = self._replica.step
         return self.replays
 
 
-def code_sampling(state: Any, loader: Any, *, partitions: Any, seed: int) -> Any:
+def code_sampling(replica: Replica, loader: Any, *, partitions: Any, seed: int) -> Any:
     """Return a copy of a DataLoader that draws from this worker's share where the original has a DistributedSampler.
 
     Everything else of the loader stays: class, batch size, workers, collate function, pinning. What has no
@@ -74,7 +65,7 @@ def code_sampling(state: Any, loader: Any, *, partitions: Any, seed: int) -> Any
             "decides which samples a worker draws; use DataLoader(dataset, batch_size=...), or let every rank batch "
             "its own data with Trainer(use_distributed_sampler=False)"
         )
-    share = make_loader(state, loader.dataset, batch_size=loader.batch_size, partitions=partitions, seed=seed).sampler
+    share = make_loader(replica, loader.dataset, batch_size=loader.batch_size, partitions=partitions, seed=seed).sampler
     coded = copy.copy(loader)
     # DataLoader refuses to have these set, lest its parts disagree; these two agree.
     vars(coded).update(sampler=share, batch_sampler=share)

@@ -46,11 +46,12 @@ class QGCMonitor(Callback):
         state, report = self._state, self._state.report()
         found = {f"arrival_rate/worker{k}": rate for k, rate in enumerate(self._rates())}
         found |= {f"bits/worker{k}": bits for k, bits in enumerate(state.plan.bits)}
-        if state.rule.deadline_s is not None:
-            found["deadline_s"] = state.rule.deadline_s
+        deadline_s = state.replica.spec.rule.deadline_s
+        if deadline_s is not None:
+            found["deadline_s"] = deadline_s
         found |= {"replayed_steps": report.replayed_steps, "late_steps": report.late_steps}
         return {f"qgc/{name}": float(value) for name, value in found.items()}
 
     def _rates(self) -> NDArray[np.float64]:
         report = self._state.report()
-        return report.contributions if self._state.rule.deadline_s is None else report.rates
+        return report.contributions if self._state.replica.spec.rule.deadline_s is None else report.rates

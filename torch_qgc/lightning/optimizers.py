@@ -1,19 +1,18 @@
-"""What Lightning's optimizers and gradient clipping need to know of the two tracks."""
+"""Lightning's optimizers, made to know the replica."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import Precision
 
 from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD
-from torch_qgc.ddp.state import QGCState
 from torch_qgc.errors import ConfigError
+from torch_qgc.worker.replica import Replica
 
-__all__ = ["clip_both_tracks", "make_coded"]
+__all__ = ["make_coded"]
 
 _CODED: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {
     torch.optim.SGD: CodedSGD,
@@ -22,7 +21,7 @@ _CODED: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {
 }
 
 
-def make_coded(optimizer: torch.optim.Optimizer, state: QGCState) -> torch.optim.Optimizer:
+def make_coded(optimizer: torch.optim.Optimizer, replica: Replica) -> torch.optim.Optimizer:
     """Turn torch's SGD, Adam or AdamW into the coded one, in place; leave any other optimizer as it is.
 
     In place, because learning rate schedulers made before hold on to the object: its parameter groups, state and hooks
@@ -44,9 +43,7 @@ def make_coded(optimizer: torch.optim.Optimizer, state: QGCState) -> torch.optim
     optimizer._patch_step_function()  # so that step hooks work, as after __init__
     if tracked is not None:
         optimizer.step = _tracked(optimizer)  # type: ignore[method-assign]
-    optimizer._state = state  # type: ignore[attr-defined]
-    if isinstance(optimizer, CodedAdam) and state.request_second_track():
-        optimizer._step_supports_amp_scaling = False  # as CodedAdam's own constructor
+    optimizer.adopt(replica)  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -61,26 +58,3 @@ def _tracked(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
 
     wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     return wrapper
-
-
-def clip_both_tracks(plugin: Precision, state: QGCState) -> None:
-    """Make Lightning's gradient clipping treat the second track as it treats the gradient."""
-
-    def second_tracks(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [track for p in parameters if (track := state.second_track(p)) is not None]
-
-    def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-        parameters = list(plugin.main_params(optimizer))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_val)
-        factor = torch.clamp(clip_val / (norm + 1e-6), max=1.0)  # as torch scales
-        for track in second_tracks(parameters):
-            track.mul_(factor)
-
-    def clip_grad_by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-        parameters = list(plugin.main_params(optimizer))
-        torch.nn.utils.clip_grad_value_(parameters, clip_val)
-        for track in second_tracks(parameters):
-            track.clamp_(-clip_val, clip_val)
-
-    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-    plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]

@@ -29,7 +29,7 @@ from torch_qgc.lightning.checks import check_trainer
 from torch_qgc.lightning.loader import ReplayingLoader, Turn, code_sampling
 from torch_qgc.lightning.loops import agree_on_monitored, obey_own_signals
 from torch_qgc.lightning.monitor import QGCMonitor
-from torch_qgc.lightning.optimizers import clip_both_tracks, make_coded
+from torch_qgc.lightning.optimizers import make_coded
 
 __all__ = ["QGCStrategy"]
 
@@ -90,12 +90,11 @@ class QGCStrategy(DDPStrategy):
             others = [c for c in trainer.callbacks if not isinstance(c, QGCMonitor)]  # type: ignore[attr-defined]
             trainer.callbacks = [QGCMonitor(self.state), *others]  # type: ignore[attr-defined]
             agree_on_monitored(trainer)
-            clip_both_tracks(self.precision_plugin, self.state)
             self.state.scaler = getattr(self.precision_plugin, "scaler", None)  # of precision="16-mixed"
 
     def _register_ddp_hooks(self) -> None:
         self.state = QGCState(self.model, **self._state_options)  # type: ignore[arg-type]
-        self._turn = Turn(self.state)
+        self._turn = Turn(self.state.replica)
         self.model.register_comm_hook(self.state, qgc_hook)  # type: ignore[union-attr,operator]
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -103,7 +102,8 @@ class QGCStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         assert self.state is not None
         for optimizer in self.optimizers:
-            make_coded(optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer, self.state)
+            inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+            make_coded(inner, self.state.replica)
         self.optimizers = self.optimizers  # anew, since Lightning's wrappers imitate the class
         if not self._waits_for_all and any(
             c.reduce_on_plateau and c.interval == "step" for c in self.lr_scheduler_configs
@@ -119,8 +119,9 @@ class QGCStrategy(DDPStrategy):
         if not (self._training and trainer.training):
             return dataloader
         assert self._turn is not None
+        assert self.state is not None
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # seed_everything's, as for Lightning's own sampler
-        loader = code_sampling(self.state, dataloader, partitions=self._partitions, seed=seed)
+        loader = code_sampling(self.state.replica, dataloader, partitions=self._partitions, seed=seed)
         self._check_lengths(loader)
         return ReplayingLoader(loader, self._turn)
 
@@ -161,7 +162,7 @@ class QGCStrategy(DDPStrategy):
         assert self.lightning_module is not None
         loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         if self.model.require_backward_grad_sync:  # type: ignore[union-attr]  # the last batch of an accumulated step
-            self.state.take_missed()
+            self.state.replica.take_missed()
         return self.precision_plugin.post_backward(loss, self.lightning_module)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

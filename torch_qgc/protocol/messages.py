@@ -12,8 +12,10 @@ from typing import Annotated, Literal, cast
 import msgspec
 
 from torch_qgc.errors import ProtocolError
+from torch_qgc.protocol.contract import MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
 
 __all__ = [
+    "ABSENT",
     "PROTOCOL_VERSION",
     "Begin",
     "Bye",
@@ -22,10 +24,10 @@ __all__ = [
     "Fetch",
     "FromAggregator",
     "FromWorker",
+    "Gone",
     "Hash",
     "Hello",
     "Introduce",
-    "JobSpec",
     "Ping",
     "Push",
     "Refusal",
@@ -38,50 +40,12 @@ __all__ = [
     "encode_message",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 16 * 1024  # every header; plans travel in a frame of their own
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
-Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
-Step = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-Count = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
-Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
-Digest = Annotated[str, msgspec.Meta(max_length=128)]
 Text = Annotated[str, msgspec.Meta(max_length=8192)]
-
-
-class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything all workers and all aggregators of one job must agree on."""
-
-    workers: Annotated[int, msgspec.Meta(ge=1, le=65536)]
-    numel: Count  # coordinates of the flat gradient
-    chunk_numel: Count  # coordinates of a chunk (the last one may be shorter)
-    layout_digest: Digest  # names, shapes and order of the parameters
-    plan_digest: Digest
-    first_step: Step  # where the job starts: 0, or where its checkpoint was taken
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-    aggregators: Annotated[int, msgspec.Meta(ge=1, le=65536)]  # chunk c belongs to aggregator c mod this
-    tracks: Literal[1, 2]  # 2: results carry the second track as well
-    downlink_bits: Annotated[int, msgspec.Meta(ge=2, le=32)]  # 32: results are plain fp32
-    deadline_s: Seconds | None  # None: wait for all
-    warmup_steps: Index  # that many first steps wait for all whatever the deadline
-    quorum: Count  # a step is never closed on fewer arrivals
-    late: Literal["fold", "drop"]
-    max_staleness: Index  # how many steps old a folded payload may be
-    verify_every: Index  # steps between parameter hashes; 0: never
-    log_steps: Count  # results kept for late workers
-    log_bytes: Count  # and their size, whichever is less
-    join_timeout_s: Seconds  # how long the first step waits for workers that have not joined
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks of the flat gradient."""
-        return -(-self.numel // self.chunk_numel)
-
-    def chunk_span(self, chunk: int) -> tuple[int, int]:
-        """Return (offset, numel) of a chunk in the flat gradient."""
-        offset = chunk * self.chunk_numel
-        return offset, min(self.chunk_numel, self.numel - offset)
+ABSENT = 255  # in a result's contributions: this worker was not in the job when the round closed
 
 
 # --- worker to aggregator -------------------------------------------------------------------------------
@@ -127,7 +91,7 @@ class Hash(msgspec.Struct, tag="hash", frozen=True):
 
 
 class Fault(msgspec.Struct, tag="fault", frozen=True):
-    """Report an error inside the communication path: the job ends on every rank."""
+    """Report an error on this worker: the job ends on every rank. Answered by Failed, to the sender as well."""
 
     step: Step
     text: Text
@@ -164,16 +128,26 @@ class Started(msgspec.Struct, tag="started", frozen=True):
 
 
 class Result(msgspec.Struct, tag="result", frozen=True):
-    """Deliver a closed round. One payload frame per track, at `bits` bits (32: fp32)."""
+    """Deliver a closed round. Second frame: the decoded gradient, at `bits` bits (32: fp32)."""
 
     step: Step
     chunk: Index
     bits: Annotated[int, msgspec.Meta(ge=2, le=32)]
-    contributions: Annotated[bytes, msgspec.Meta(max_length=65536)]  # [K] uint8: payloads of each worker in it
+    second_scale: float  # what Adam squares is this times the gradient; 1 without a second track
+    contributions: Annotated[
+        bytes, msgspec.Meta(max_length=MOST_WORKERS)
+    ]  # [K] uint8: payloads of each worker, or ABSENT
+
+
+class Gone(msgspec.Struct, tag="gone", frozen=True):
+    """Tell the others that a worker is no longer in the job: it left in good order, or was lost."""
+
+    worker: Index
+    how: Literal["left", "lost"]
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
-    """Say why a message was dropped. The sender stays in the job."""
+    """Say why a message was dropped. A member stays in the job; one that is not in yet does not get in."""
 
     text: Text
 
@@ -189,7 +163,7 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
 
 
 FromWorker = Hello | Begin | Push | Fetch | Hash | Fault | Bye
-FromAggregator = Welcome | Refusal | Introduce | Started | Result | Rejected | Failed | Ping
+FromAggregator = Welcome | Refusal | Introduce | Started | Result | Gone | Rejected | Failed | Ping
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)

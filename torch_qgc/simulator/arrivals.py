@@ -6,17 +6,18 @@ import heapq
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.job.rates import ArrivalRates
-from torch_qgc.job.rounds import ClosingRule, Round
+from torch_qgc.job.rounds import Fate, Rounds
+from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Mask
 from torch_qgc.planner.delays import DelayModel
+from torch_qgc.protocol.contract import ClosingRule
 
 __all__ = ["Arrivals", "Contribution", "DelaySource", "IndependentRounds", "JobRounds", "RoundOutcome"]
 
@@ -133,37 +134,38 @@ class IndependentRounds:
 class JobRounds:
     """Rounds of a running job: who is late misses the steps it is late for, and rates are measured.
 
-    Real `ClosingRule`, `Round` and `ArrivalRates`; a worker computes, sends, replays in no time what closed without
-    it, and joins the open step as `CodedLoader` does. A delay is all the time between BEGIN and the payload's arrival.
+    The job's own rules (`torch_qgc.job.rounds.Rounds`, `ClosingRule`) under a virtual clock; what is simulated is when
+    workers come and when payloads arrive. A worker computes, sends, replays in no time what closed without it, and
+    joins the open step as in training. A delay is all the time between BEGIN and the payload's arrival.
     Not simulated: deaths, restarts, chunks that arrive one by one.
 
     Args:
         delays: of the run; a worker that begins step t takes the t-th draw.
         rule: when rounds close, and what becomes of late payloads.
         active: [K] bool; the others are no part of the job.
-        prior_rates: [K] the plan's 1 - p_k.
+        plan: its shares and its prior rates 1 - p_k.
         log_steps: a worker that is that far behind is waited for.
     """
 
-    def __init__(
-        self, delays: DelaySource, rule: ClosingRule, active: Mask, prior_rates: Floats, *, log_steps: int
-    ) -> None:
-        self._delays, self._rule, self._log_steps = delays, rule, log_steps
-        self._awaited = set(np.flatnonzero(active).tolist())
-        self._waiting = set(self._awaited)  # not computing: their payload is in, or they wait for the next step
-        self._position = dict.fromkeys(self._awaited, 0)  # the last step that each has begun
-        self._own_times_s: dict[int, deque[float]] = {k: deque(maxlen=16) for k in self._awaited}
-        self._rates = ArrivalRates(prior_rates, chunks=1)
+    def __init__(self, delays: DelaySource, rule: ClosingRule, active: Mask, plan: Plan, *, log_steps: int) -> None:
+        self._delays, self._rule = delays, rule
+        self._rounds: Rounds[None] = Rounds(rule, plan.shares, 1.0 - plan.straggle_probs, log_steps=log_steps)
+        for worker in np.flatnonzero(~active).tolist():
+            self._rounds.leave(worker, 0.0)
+        self._waiting = set(np.flatnonzero(active).tolist())  # not computing: sent already, or wait for the next step
+        self._own_times_s: dict[int, deque[float]] = {k: deque(maxlen=16) for k in self._waiting}
         self._events: list[tuple[float, int, int, int]] = []  # (time, kind, worker, step)
         self._now = 0.0
+        self._began: list[int] = []  # in the open step
+        self._delays_s: Floats = np.empty(0)  # of the open step
 
     def close(self, step: int) -> RoundOutcome:
         """See `Arrivals`."""
-        self._open = _OpenStep(Round(step, 0, self._rule), self._delays.draw(step))
+        self._began, self._delays_s = [], self._delays.draw(step)
         coming, self._waiting = sorted(self._waiting), set()
         for worker in coming:
             self._come(worker)
-        while not self._is_due():
+        while not (closed := self._rounds.close_due(self._now)):
             if not self._events:
                 raise ConfigError(f"delays: step {step} waits for a payload that never comes: lower the quorum")
             self._now, kind, worker, event_step = heapq.heappop(self._events)
@@ -171,71 +173,41 @@ class JobRounds:
                 self._arrive(worker, event_step)
             elif kind == _JOIN and event_step == step and worker in self._waiting:
                 self._begin(worker)
-        return self._outcome()
-
-    def _is_due(self) -> bool:
-        current = self._open.round
-        leashed = {k for k, at in self._position.items() if at < current.step - self._log_steps + 2}
-        return current.is_due(self._now, self._open.began_at_s, self._awaited, leashed)
+        (closing,) = closed
+        contributions = [Contribution(worker, made_for, 1) for worker, made_for, _ in closing.payloads]
+        return RoundOutcome(sorted(self._began), contributions, closing.rates, self._now)
 
     def _come(self, worker: int) -> None:
         """Let a worker that has nothing to do begin the open step, or wait for the next one."""
-        began_at_s, times_s = self._open.began_at_s, self._own_times_s[worker]
+        step, times_s = self._rounds.newest, self._own_times_s[worker]
+        began_at_s = self._rounds.began_at_s.get(step)
         patience_s = self._rule.wait_before_joining_s(
-            self._open.round.step,
+            step,
             None if began_at_s is None else self._now - began_at_s,
             statistics.median(times_s) if times_s else None,
         )
         if patience_s > 0.0:
             self._waiting.add(worker)
-            heapq.heappush(self._events, (self._now + patience_s, _JOIN, worker, self._open.round.step))
+            heapq.heappush(self._events, (self._now + patience_s, _JOIN, worker, step))
         else:
             self._begin(worker)
 
     def _begin(self, worker: int) -> None:
-        step = self._open.round.step
-        if self._open.began_at_s is None:
-            self._open.began_at_s = self._now
-            if self._rule.deadline_s is not None:
-                heapq.heappush(self._events, (self._now + self._rule.deadline_s, _DEADLINE, -1, step))
+        step = self._rounds.newest
+        if self._rounds.begin(worker, step, self._now) and self._rule.deadline_s is not None:
+            heapq.heappush(self._events, (self._now + self._rule.deadline_s, _DEADLINE, -1, step))
         self._waiting.discard(worker)
-        self._position[worker] = step
-        self._open.began.append(worker)
-        delay_s = float(self._open.delays_s[worker])
+        self._began.append(worker)
+        delay_s = float(self._delays_s[worker])
         self._own_times_s[worker].append(delay_s)
         if math.isfinite(delay_s):
             heapq.heappush(self._events, (self._now + delay_s, _ARRIVAL, worker, step))
 
     def _arrive(self, worker: int, made_for: int) -> None:
-        current = self._open.round
-        staleness = current.step - made_for
-        if staleness == 0:
-            current.add(worker, made_for, None)
+        if self._rounds.arrive(worker, made_for, 0, None, self._now) is Fate.IN_TIME:
             self._waiting.add(worker)
-            return
-        if self._rule.late == "fold" and staleness <= self._rule.max_staleness:
-            current.add(worker, made_for, None)
-        self._come(worker)
-
-    def _outcome(self) -> RoundOutcome:
-        current = self._open.round
-        waits = self._rule.waits_for_all(current.step)
-        contributions = [Contribution(worker, made_for, 1) for worker, made_for in sorted(current.payloads)]
-        counts = np.bincount([c.worker for c in contributions], minlength=len(self._open.delays_s))
-        rates = np.ones(len(counts)) if waits else self._rates.rates(0)
-        if not waits:
-            self._rates.update(0, counts, np.ones(len(counts), dtype=np.bool_))
-        return RoundOutcome(sorted(self._open.began), contributions, rates, self._now)
+        else:
+            self._come(worker)
 
 
 _ARRIVAL, _JOIN, _DEADLINE = range(3)  # in this order when they happen at the same time
-
-
-@dataclass
-class _OpenStep:
-    """The step that is under way in a running job."""
-
-    round: Round[None]
-    delays_s: Floats
-    began_at_s: float | None = None
-    began: list[int] = field(default_factory=list)

@@ -75,11 +75,11 @@ class Descent:
             for second in tracks[1:]:
                 second.mul_(torch.clamp(self._max_grad_norm / (norm + 1e-6), max=1.0))  # as torch scales
         if len(tracks) == 2 and isinstance(self.optimizer, torch.optim.Adam):
-            two_track_adam(self.optimizer, lambda p: self._view(p, tracks[1]))
+            two_track_adam(self.optimizer, {p: self._view(p, tracks[1]) for p in self._layout.parameters})
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _view(self, parameter: torch.Tensor, track: torch.Tensor) -> torch.Tensor:
         slot = self._layout.slot(parameter)
-        return track[slot.span].view(slot.shape)
+        return torch.empty_like(parameter).copy_(track[slot.span].view(slot.shape))

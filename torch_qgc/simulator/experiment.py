@@ -14,10 +14,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.job.rounds import ClosingRule
 from torch_qgc.planner import Plan, segment_weights
 from torch_qgc.planner.delays import DelayModel
 from torch_qgc.planner.variance import PASS_THROUGH_BITS
+from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
 from torch_qgc.simulator.arrivals import DelaySource
 from torch_qgc.simulator.coding import plans_of

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_qgc.ddp.loader import checked_partitions
+from torch_qgc.ddp.sampler import checked_partitions
 from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError, PlanError
 from torch_qgc.planner.checks import Floats
@@ -196,8 +196,7 @@ def _arrivals(experiment: Experiment, codec: SchemeCodec, seed: int, *, ideal: b
     if experiment.rule is None or ideal:
         deadline_s = None if ideal else experiment.deadline_s
         return IndependentRounds(delays, deadline_s, codec.active, _slice_ends(codec))
-    prior = 1.0 - codec.slices[0].plan.straggle_probs
-    return JobRounds(delays, experiment.rule, codec.active, prior, log_steps=Limits().log_steps)
+    return JobRounds(delays, experiment.rule, codec.active, codec.slices[0].plan, log_steps=Limits().log_steps)
 
 
 def _slice_ends(codec: SchemeCodec) -> Floats:

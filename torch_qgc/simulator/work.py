@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_qgc.ddp.loader import CodedSampler
+from torch_qgc.ddp.sampler import CodedSampler
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats
 from torch_qgc.simulator.coding import SchemeCodec

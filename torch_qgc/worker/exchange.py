@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.distributed as dist
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.kernels import derive_key
 from torch_qgc.planner import Plan
-from torch_qgc.worker.connection import Worker
+from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.flat import FlatGradient
+from torch_qgc.worker.inbox import ClosedRound
 from torch_qgc.worker.layout import Layout, Slot
-from torch_qgc.worker.report import Report
+from torch_qgc.worker.spans import Spans
 
 __all__ = ["Exchange"]
 
-Bucket = Any  # dist.GradBucket
 _Places = list[tuple[Slot, torch.Tensor]]
 
 
@@ -30,29 +28,20 @@ class Exchange:
     Args:
         layout: where parameters and chunks lie.
         plan: this worker's bits, and the norm.
-        worker: the connection.
-        rank: this worker's number.
-        tracks: 1, or 2 with the second track.
+        connection: to the job.
+        worker: this worker's number.
         seed: of the dither.
-        counts: where it is noted what was done.
+        spans: names what takes time.
     """
 
     def __init__(
-        self, layout: Layout, plan: Plan, worker: Worker, *, rank: int, tracks: int, seed: int, counts: Report
+        self, layout: Layout, plan: Plan, connection: Connection, *, worker: int, seed: int, spans: Spans
     ) -> None:
-        self.worker = worker
-        self.flat = FlatGradient(layout, tracks=tracks)
-        self.own_times_s: deque[float] = deque(maxlen=16)  # BEGIN to last push, of the newest computed steps
-        self._layout, self._counts = layout, counts
-        self._bits, self._norm = int(plan.bits[rank]), plan.norm
-        self._seed, self._rank = seed, rank
-        self._begun_at: float | None = None
+        self.flat = FlatGradient(layout)
+        self._layout, self._connection, self._spans = layout, connection, spans
+        self._bits, self._norm = int(plan.bits[worker]), plan.norm
+        self._seed, self._worker = seed, worker
         self._pending: list[tuple[torch.futures.Future[torch.Tensor], torch.Tensor, _Places]] = []
-
-    @property
-    def in_step(self) -> bool:
-        """A step has begun whose gradient has not been exchanged."""
-        return self._begun_at is not None
 
     @property
     def half_way(self) -> bool:
@@ -68,61 +57,58 @@ class Exchange:
             found = {slot.name for slot, p in zip(slots, self._layout.parameters) if p.grad is not None}
         return [slot.name for slot in slots if slot.name not in found] if found else []
 
-    def begin(self, step: int) -> None:
-        """Announce the step in which this worker now computes."""
-        self._begun_at = time.monotonic()
-        self.worker.begin(step)
-
-    def take(
-        self, bucket: Bucket, step: int, loss_scale: torch.Tensor | None
-    ) -> tuple[torch.futures.Future[torch.Tensor], bool]:
-        """Gather a bucket and send the chunks it completes.
+    def take(self, bucket: Any, step: int, loss_scale: torch.Tensor | None) -> torch.futures.Future[torch.Tensor]:
+        """Gather a bucket, send the chunks it completes, and return the future of its decoded gradient.
 
         Args:
+            bucket: GradBucket.
             loss_scale: what GradScaler multiplied the loss with, or None. Gradients travel without it: a payload that
                 is folded into a later step may meet another scale there.
-        Returns:
-            The future of the bucket's decoded gradient, and whether this was the step's last bucket.
+        Raises:
+            ConfigError: it is none that can be taken.
         """
+        if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"expected a GradBucket, got {type(bucket).__name__}: DDP compiled with the python_reducer cannot be "
+                "used; set torch._dynamo.config.optimize_ddp = True"
+            )
         buffer = bucket.buffer()
         if buffer.is_sparse:
             raise ConfigError("expected dense gradients, got a sparse one: use Embedding(..., sparse=False)")
         slots = [self._layout.slot(p) for p in bucket.parameters()]
         places = [(slot, slot.as_in_bucket(g)) for slot, g in zip(slots, bucket.gradients())]
-        key = derive_key(self._seed, step, self._rank)
-        closed_without_us = self.worker.closed(step)
-        for slot, gradient in places:
-            for chunk in self.flat.gather(slot, gradient, loss_scale):
+        with self._spans("gather", step=step):
+            complete = [chunk for slot, g in places for chunk in self.flat.gather(slot, g, loss_scale)]
+        key = derive_key(self._seed, step, self._worker)
+        for chunk in complete:
+            with self._spans("encode", step=step, chunk=chunk.index):
                 payload = self.flat.encode(chunk, self._bits, key=key, norm=self._norm)
-                self.worker.push(step, chunk.index, self._bits, payload)
-        devices = [buffer.device] if buffer.device.type == "cuda" else []
+            self._connection.push(step, chunk.index, self._bits, payload)
+            self._spans.mark("push", step=step, chunk=chunk.index)
+        devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         self._pending.append((future, buffer, places))
-        if self.flat.gathered:
-            assert self._begun_at is not None
-            self.own_times_s.append(time.monotonic() - self._begun_at)
-            self._counts.late_steps += closed_without_us
-        return future, self.flat.gathered
+        return future
 
-    def finish(self, step: int, loss_scale: torch.Tensor | None) -> NDArray[np.float64]:
-        """Wait for the step's results, and hand them to DDP; return what `receive` does."""
-        waiting_since = time.monotonic()
-        contributions = self.receive(step)
-        self._counts.wait_s += time.monotonic() - waiting_since
-        for future, buffer, places in self._pending:
-            for slot, gradient in places:
-                self.flat.put(slot, gradient, loss_scale)
-            future.set_result(buffer)
+    @property
+    def gathered(self) -> bool:
+        """Every parameter's gradient of the step is in."""
+        return self.flat.gathered
+
+    def finish(self, step: int, loss_scale: torch.Tensor | None, note: Callable[[ClosedRound], None]) -> None:
+        """Wait for the step's results, and hand them to DDP."""
+        self.receive(step, note)
+        with self._spans("put", step=step):
+            for future, buffer, places in self._pending:
+                for slot, gradient in places:
+                    self.flat.put(slot, gradient, loss_scale)
+                future.set_result(buffer)
         self._pending.clear()
         self.flat.reset()
-        self._begun_at = None
-        self._counts.computed_steps += 1
-        return contributions
 
-    def receive(self, step: int) -> NDArray[np.float64]:
-        """Take a step's results into the tracks; return [K] payloads of each worker per chunk."""
-        contributions = np.zeros(self._counts.workers)
-        for result in self.worker.results(step):
-            self.flat.decode(result)
-            contributions += result.contributions
-        return contributions / len(self._layout.chunks)
+    def receive(self, step: int, note: Callable[[ClosedRound], None]) -> None:
+        """Decode a step's results as they come; `note` is told of each."""
+        with self._spans("wait", step=step):
+            for result in self._connection.results():
+                self.flat.decode(result)
+                note(result)

@@ -12,27 +12,27 @@ from typing import Any
 import torch
 
 from torch_qgc.kernels import Encoded, decode_sum, encode
-from torch_qgc.worker.connection import ClosedRound
+from torch_qgc.worker.inbox import ClosedRound
 from torch_qgc.worker.layout import Chunk, Layout, Slot
 
 __all__ = ["FlatGradient"]
 
 
 class FlatGradient:
-    """Flat fp32 buffers of one replica: its own gradient, and the decoded tracks.
+    """Flat fp32 buffers of one replica: its own gradient, and the decoded one.
 
-    Memory: 4 bytes per coordinate for the gradient and for each track.
+    Memory: 4 bytes per coordinate for each of the two.
 
     Args:
         layout: where parameters and chunks lie.
-        tracks: 1, or 2 with the second track.
     """
 
-    def __init__(self, layout: Layout, *, tracks: int) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.device = layout.parameters[0].device
         self._own = torch.zeros(layout.numel, device=self.device)
-        self.tracks = [torch.zeros(layout.numel, device=self.device) for _ in range(tracks)]
+        self._decoded = torch.zeros(layout.numel, device=self.device)
+        self._second_scales = [1.0] * len(layout.chunks)
         self._missing = [chunk.numel for chunk in layout.chunks]
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -84,22 +84,31 @@ class FlatGradient:
         return payload_when_done
 
     def decode(self, result: ClosedRound) -> None:
-        """Write a closed round into the tracks."""
+        """Write a closed round into the decoded gradient."""
         chunk = self.layout.chunks[result.chunk]
-        for payload, track in zip(result.tracks, self.tracks):
-            encoded = Encoded.from_buffer(payload, chunk.numel, result.bits)
-            if self._stream is not None:
-                on_device = encoded.buffer.to(self.device, non_blocking=True)
-                encoded = Encoded(on_device, chunk.numel, result.bits)
-            decode_sum([encoded], [1.0], track[chunk.span], accumulate=False)
+        encoded = Encoded.from_buffer(result.payload, chunk.numel, result.bits)
+        if self._stream is not None:
+            on_device = encoded.buffer.to(self.device, non_blocking=True)
+            encoded = Encoded(on_device, chunk.numel, result.bits)
+        decode_sum([encoded], [1.0], self._decoded[chunk.span], accumulate=False)
+        self._second_scales[chunk.index] = result.second_scale
 
-    def view(self, slot: Slot, track: int = 0) -> torch.Tensor:
-        """Return a parameter's part of a decoded track, fp32, in the parameter's shape; valid until the next step."""
-        return self.tracks[track][slot.span].view(slot.shape)
+    def second_scale(self, slot: Slot) -> float | torch.Tensor:
+        """Return what a parameter's gradient is to be multiplied with before Adam squares it.
+
+        Returns:
+            One number, or fp32 in the parameter's shape if it lies in chunks whose numbers differ.
+        """
+        pieces = [(self._second_scales[index], covered) for index, covered in self.layout.chunks_under(slot)]
+        if all(scale == pieces[0][0] for scale, _ in pieces):
+            return pieces[0][0] if pieces else 1.0
+        scales = torch.tensor([scale for scale, _ in pieces], dtype=torch.float32)
+        counts = torch.tensor([covered for _, covered in pieces])
+        return scales.repeat_interleave(counts).view(slot.shape).to(self.device)
 
     def put(self, slot: Slot, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Write a parameter's decoded gradient, times scale, to where the optimizer looks for it."""
-        gradient.copy_(self.view(slot))
+        gradient.copy_(self._decoded[slot.span].view(slot.shape))
         return gradient if scale is None else gradient.mul_(scale)
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from torch_qgc.errors import ConfigError
+from torch_qgc.kernels import BLOCK
 
-__all__ = ["BLOCK", "Chunk", "Layout", "Slot"]
-
-BLOCK = 512  # coordinates that share one scale; the codec's
+__all__ = ["Chunk", "Layout", "Slot"]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Report"]
+from torch_qgc.worker.session import Session
 
-PRIOR_ROUNDS, MEMORY_ROUNDS = 8, 128  # as of torch_qgc.job.rates.ArrivalRates
+__all__ = ["Report"]
 
 
 @dataclass(kw_only=True)
@@ -18,21 +18,20 @@ class Report:
     """Counts of one worker since its first step.
 
     Attributes:
-        steps: steps this replica has applied = computed_steps + replayed_steps.
         computed_steps: steps for which this worker computed a gradient.
         replayed_steps: steps that closed without it and that it replayed.
         late_steps: computed steps that had closed before this worker's last chunk was out.
-        rates: [K] payloads of each worker per round lately (an average that forgets over some 128 steps), without the
-            steps that waited for all; at first what the plan expects.
+        rates: [K] contributions of each worker per round lately, r_k: the estimate that decoding takes its coefficients
+            from (`torch_qgc.job.rates.ArrivalRates`), over all chunks; at first what the plan expects.
         contribution_sums: [K] payloads of each worker that entered the rounds of these steps.
         bytes_sent, bytes_received: by this worker, headers included.
         wait_s: seconds the training thread waited for results.
         rejections: what aggregators said about messages they dropped, the newest hundred.
+        gone: workers that are no longer in the job, and how they went: "left" or "lost".
     """
 
     workers: int
     numel: int
-    steps: int = 0
     computed_steps: int = 0
     replayed_steps: int = 0
     late_steps: int = 0
@@ -40,24 +39,22 @@ class Report:
     bytes_received: int = 0
     wait_s: float = 0.0
     rejections: tuple[str, ...] = ()
+    gone: dict[int, str] = field(default_factory=dict)
     rates: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     contribution_sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    _rated_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.contribution_sums.size == 0:
             self.contribution_sums = np.zeros(self.workers)
-        if self.rates.size == 0:
-            self.rates = np.ones(self.workers)
 
-    def note(self, contributions: NDArray[np.float64], *, waited_for_all: bool) -> None:
-        """Enter an applied step: [K] payloads of each worker per chunk."""
-        self.steps += 1
-        self.contribution_sums += contributions
-        if not waited_for_all:
-            self._rated_steps += 1
-            weight = 1.0 / min(PRIOR_ROUNDS + self._rated_steps, MEMORY_ROUNDS)
-            self.rates = self.rates + weight * (contributions - self.rates)
+    def note(self, counts: NDArray[np.int64], *, chunks: int) -> None:
+        """Enter one of the `chunks` rounds of a step: [K] payloads of each worker."""
+        self.contribution_sums += counts / chunks
+
+    @property
+    def steps(self) -> int:
+        """Steps that this replica has applied."""
+        return self.computed_steps + self.replayed_steps
 
     @property
     def contributions(self) -> NDArray[np.float64]:
@@ -69,9 +66,14 @@ class Report:
         """Mean bytes this worker sent per step of the job."""
         return self.bytes_sent / max(self.steps, 1)
 
-    def snapshot(self) -> Report:
-        """Return a copy that no longer changes."""
-        return copy.deepcopy(self)
+    def snapshot(self, rates: NDArray[np.float64], session: Session | None) -> Report:
+        """Return a copy that no longer changes, with the rates and what the session has counted."""
+        made = copy.deepcopy(self)
+        made.rates = rates
+        if session is not None:
+            made.bytes_sent, made.bytes_received = session.bytes_sent, session.bytes_received
+            made.rejections, made.gone = tuple(session.rejections), dict(session.gone)
+        return made
 
     def __str__(self) -> str:
         shares = " ".join(f"{c:.2f}" for c in self.contributions)

@@ -22,16 +22,12 @@ class Update:
 
     Args:
         layout: of the model whose parameters are updated.
-        scale_second_track: multiplies the second track by a factor, as clipping does to the first.
         check_exchanged: raises if there is no new gradient to make a step with.
     """
 
-    def __init__(
-        self, layout: Layout, scale_second_track: Callable[[torch.Tensor], None], check_exchanged: Callable[[], None]
-    ) -> None:
+    def __init__(self, layout: Layout, check_exchanged: Callable[[], None]) -> None:
         self.scaler: Any = None
         self._layout = layout
-        self._scale_second_track = scale_second_track
         self._check_exchanged = check_exchanged
         self._bound: Callable[[], Any] | None = None
         self._attached: list[torch.optim.Optimizer] = []
@@ -44,11 +40,6 @@ class Update:
     def set(self, call: Callable[[], Any]) -> None:
         """Let a call of the user's own be the update."""
         self._bound = call
-
-    @property
-    def known(self) -> bool:
-        """`call` has something to return."""
-        return self._bound is not None or len(self._attached) == 1
 
     @property
     def call(self) -> Callable[[], Any]:
@@ -91,8 +82,7 @@ class Update:
             for one in optimizers if scaler is not None else ():
                 scaler.unscale_(one)
             if max_grad_norm is not None:
-                norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-                self._scale_second_track(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))  # as torch scales
+                torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             for one in optimizers:
                 if scaler is not None:
                     scaler.step(one)  # or not, if the decoded gradient is not finite: the same on every rank

@@ -1,0 +1,179 @@
+"""Both ends of a job under a virtual clock: the real aggregator, the real sessions and connections, no sleeping.
+
+Scripts are ordinary blocking functions, one per worker. Each has a thread, of which one runs at a time: when a script
+waits, the next one that can go on does, and when none can, time jumps to the next event. Runs are deterministic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.aggregator.process import serve
+from torch_qgc.planner import Plan
+from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.transport import MemoryNetwork
+from torch_qgc.worker.connection import Connection
+from torch_qgc.worker.session import Session
+
+
+class Over(BaseException):
+    """The world has ended while a script was waiting."""
+
+
+class Script:
+    """A function in a thread that runs only when it is given the baton."""
+
+    def __init__(self, world: World, function: Callable[[], Any]) -> None:
+        self.world = world
+        self.condition: Callable[[], object] = lambda: True
+        self.until_s = math.inf
+        self.done = False
+        self.error: BaseException | None = None
+        self.over = False
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        self._go.acquire()
+        try:
+            if not self.over:
+                function()
+        except Over:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self._back.release()
+
+    def runnable(self) -> bool:
+        return not self.done and (self.world.now() >= self.until_s or bool(self.condition()))
+
+    def resume(self) -> None:
+        """Let it run until it waits or ends."""
+        self._go.release()
+        self._back.acquire()
+
+    def wait(self, condition: Callable[[], object], until_s: float) -> bool:
+        """Give the baton back until the condition holds or it is time; called in the script's thread."""
+        self.condition, self.until_s = condition, until_s
+        self._back.release()
+        self._go.acquire()
+        if self.over:
+            raise Over
+        return bool(condition())
+
+    def end(self) -> None:
+        self.over = True
+        if not self.done:
+            self.resume()
+
+
+class World:
+    """An aggregator, its virtual network, and scripts.
+
+    Args:
+        aggregator: the one aggregator of the job.
+        latency_s: of every message, either way.
+    """
+
+    def __init__(self, aggregator: Aggregator | None = None, latency_s: float = 0.0) -> None:
+        self.net = MemoryNetwork(self._on_send)
+        self.aggregator = aggregator if aggregator is not None else Aggregator()
+        self.latency_s = latency_s
+        self.sessions: dict[bytes, Session] = {}
+        self.scripts: list[Script] = []
+        self._running: Script | None = None
+
+    def now(self) -> float:
+        return self.net.now()
+
+    def start(self, function: Callable[[], Any]) -> Script:
+        """Run a function as a script, from now on."""
+        self.scripts.append(Script(self, function))
+        return self.scripts[-1]
+
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = math.inf) -> bool:
+        """Wait in a script."""
+        if condition():
+            return True
+        assert self._running is not None
+        script, until_s = self._running, self.now() + timeout_s
+        if math.isfinite(until_s):
+            self.net.at(until_s, self._settle)
+        return script.wait(condition, until_s)
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass in a script."""
+        self.wait_for(lambda: False, seconds)
+
+    def connect(self, peer: bytes, session: Session) -> Connection:
+        """Connect a session to the aggregator."""
+        self.sessions[peer] = session
+        return Connection(session, VirtualCarrier(self, peer, session))
+
+    def run(self, stop: Callable[[], bool] | None = None) -> None:
+        """Let time pass until all scripts have ended, or `stop` says so; raise what a script has raised."""
+
+        def over() -> bool:
+            self._settle()
+            ended = all(s.done for s in self.scripts) or any(s.error for s in self.scripts)
+            return ended or (stop is not None and stop())
+
+        try:
+            serve(self.aggregator, self.net, self.net, stop=over)
+        finally:
+            for script in self.scripts:
+                script.end()
+        for script in self.scripts:
+            if script.error is not None:
+                raise script.error
+
+    def _on_send(self, peer: bytes, frames: Sequence[Any]) -> None:
+        session = self.sessions.get(peer)
+        if session is not None:
+            self.net.at(self.now() + self.latency_s, lambda: self._receive(session, list(frames)))
+
+    def _receive(self, session: Session, frames: list[Any]) -> None:
+        session.receive(0, frames, self.now())
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let scripts run until all of them wait for something that time has to bring."""
+        while (script := next((s for s in self.scripts if s.runnable()), None)) is not None:
+            self._running = script
+            script.resume()
+            self._running = None
+
+
+class VirtualCarrier:
+    """Carry a session's messages over the virtual network; see `torch_qgc.worker.connection.Carrier`."""
+
+    def __init__(self, world: World, peer: bytes, session: Session) -> None:
+        self._world, self._peer, self._session = world, peer, session
+
+    def now(self) -> float:
+        return self._world.now()
+
+    def locked(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def wait_for(self, condition: Callable[[], object], timeout_s: float) -> bool:
+        return self._world.wait_for(condition, timeout_s)
+
+    def flush(self) -> None:
+        for _, frames in self._session.drain():
+            self._world.net.deliver(self._world.now() + self._world.latency_s, self._peer, frames())
+
+    def close(self) -> None:
+        self.flush()
+
+
+def session_for(spec: JobSpec, plan: Plan, worker: int, **options: Any) -> Session:
+    """A session at the one virtual aggregator."""
+    return Session(["virtual"], spec, worker, plan.to_json(), **options)

@@ -1,0 +1,180 @@
+"""The aggregator: messages in, messages out.
+
+No sockets and no clock in here: `receive` and `tick` are given the time, and what is to be sent is drained.
+`process.py` connects this to a transport; tests connect it to a virtual clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch_qgc.aggregator.job import EVERYBODY, Job
+from torch_qgc.aggregator.lobby import Lobby, read_job
+from torch_qgc.errors import CodecError, ConfigError, PlanError, ProtocolError
+from torch_qgc.job.events import Event, Trace, silent
+from torch_qgc.logs import logger
+from torch_qgc.protocol import messages
+
+__all__ = ["Aggregator"]
+
+Frame = Any  # bytes, memoryview or another buffer
+
+
+class Aggregator:
+    """One authority over the chunks c with c mod `count` == `index`, for one job.
+
+    Args:
+        index, count: which aggregator of how many this is.
+        threads: how many may decode.
+        ping_interval_s: how often live workers are pinged (a failed ping is how a death is noticed).
+        trace: is told what happens.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        *,
+        threads: int = 1,
+        ping_interval_s: float = 0.5,
+        trace: Trace = silent,
+    ) -> None:
+        self.index, self.count = index, count
+        self.stats: Counter[str] = Counter()
+        self.job: Job | None = None  # until worker 0 has said what it is
+        self._lobby = Lobby()
+        self._outbox: list[tuple[bytes, list[Frame]]] = []
+        self._threads, self._ping_interval_s, self._trace = threads, ping_interval_s, trace
+        self._next_ping_at_s = 0.0
+
+    # --- what goes in -----------------------------------------------------------------------------------
+
+    def receive(self, peer: bytes, frames: Sequence[Frame], now: float) -> None:
+        """Take one message. Whatever is wrong with it is answered and counted, never raised."""
+        try:
+            if not frames:
+                raise ProtocolError("expected a header frame, got an empty message")
+            message = messages.decode_from_worker(memoryview(frames[0]))
+            worker = self._lobby.worker_of(peer)
+            if self.failed is not None and not isinstance(message, messages.Bye):
+                self._send(peer, messages.Failed(self.failed))
+            elif isinstance(message, messages.Hello):
+                self._hello(peer, message, frames[1:], now)
+            elif worker is not None and self.job is not None:
+                if not self.job.receive(worker, message, frames[1:], now):
+                    self._lobby.remove(peer)
+                self._collect()
+            elif not self._lobby.is_waiting(peer):
+                self._send(peer, messages.Introduce())
+        except (ProtocolError, PlanError, CodecError, ConfigError) as error:
+            self.stats["bad_messages"] += 1
+            self._trace(Event(now, "reject", None, None, self._lobby.worker_of(peer), {"text": str(error)}))
+            logger.warning("a message was dropped: %s", error)
+            self._send(peer, messages.Rejected(str(error)[:8000]))
+
+    def lost(self, peer: bytes, now: float) -> None:
+        """Note that a peer's connection is gone."""
+        worker = self._lobby.remove(peer)
+        if worker is not None and self.job is not None:
+            self.job.lost(worker, now)
+            self._collect()
+
+    def tick(self, now: float) -> None:
+        """Close what is due, and ping."""
+        if self.job is None or self.failed is not None:
+            return
+        self.job.close_due(now)
+        self._collect()
+        if now >= self._next_ping_at_s:
+            self._next_ping_at_s = now + self._ping_interval_s
+            for peer in self._lobby.peers():
+                self._send(peer, messages.Ping())
+
+    def wakeup_in(self, now: float) -> float:
+        """Return the seconds until the next tick that could matter; messages may matter earlier."""
+        if self.job is None:
+            return self._ping_interval_s
+        return min(max(self._next_ping_at_s, now), self.job.rounds.next_deadline_s(now)) - now
+
+    @property
+    def failed(self) -> str | None:
+        """Why the job has ended on every rank; None if it has not."""
+        return None if self.job is None else self.job.failed
+
+    @property
+    def finished(self) -> bool:
+        """All workers of the job have left or died."""
+        return self.job is not None and self.job.rounds.roster.finished
+
+    def fail(self, text: str, now: float) -> None:
+        """End the job, if there is one, on every rank."""
+        if self.job is not None:
+            self.job.fail(text, now)
+            self._collect()
+
+    # --- joining ----------------------------------------------------------------------------------------
+
+    def _hello(self, peer: bytes, hello: messages.Hello, rest: Sequence[Frame], now: float) -> None:
+        if self.job is None and hello.worker != 0:
+            self._lobby.keep_waiting(peer, hello)
+            return
+        try:
+            if hello.version != messages.PROTOCOL_VERSION:
+                raise ProtocolError(
+                    f"worker {hello.worker} speaks protocol {hello.version}, this aggregator "
+                    f"{messages.PROTOCOL_VERSION}: install the same version of torch_qgc on every machine"
+                )
+            if self.job is None:
+                spec, plan = read_job(hello, rest, aggregators=self.count)
+                self.job = Job(
+                    spec,
+                    plan,
+                    index=self.index,
+                    now=now,
+                    threads=self._threads,
+                    stats=self.stats,
+                    trace=self._trace,
+                )
+            self._lobby.admit(peer, hello, self.job.spec)
+            try:
+                self.job.join(hello.worker, hello.step, now)
+            except ProtocolError:
+                self._lobby.remove(peer)
+                raise
+        except (ProtocolError, PlanError, ConfigError) as error:
+            self.stats["refused"] += 1
+            logger.warning("a worker was refused: %s", error)
+            self._send(peer, messages.Refusal(str(error)[:8000]))
+            return
+        self._collect()
+        for other_peer, other in self._lobby.take_waiting():
+            self._hello(other_peer, other, (), now)
+
+    # --- what goes out ----------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Address what the job wants to send."""
+        assert self.job is not None
+        outbox, self.job.outbox = self.job.outbox, []
+        for worker, frames in outbox:
+            peer = None if worker is EVERYBODY else self._lobby.peer_of(worker)
+            peers = self._lobby.peers() if worker is EVERYBODY else [] if peer is None else [peer]
+            self._outbox += [(each, frames) for each in peers]
+
+    def _send(self, peer: bytes, message: messages.FromAggregator) -> None:
+        self._outbox.append((peer, [messages.encode_message(message)]))
+
+    def drain(self) -> list[tuple[bytes, list[Frame]]]:
+        """Return what is to be sent, in order, and forget it."""
+        outbox, self._outbox = self._outbox, []
+        return outbox
+
+    def report(self) -> dict[str, int]:
+        """Return counts of rounds, late, folded and dropped payloads, extensions, bad messages, bytes."""
+        return dict(self.stats)
+
+    def __repr__(self) -> str:
+        which = f"Aggregator({self.index} of {self.count}"
+        return f"{which}, {self._lobby!r}, {self.job!r})" if self.job is not None else f"{which}, {self._lobby!r})"

@@ -1,0 +1,123 @@
+"""Who may come in: the hellos of a job's workers, and which connection speaks for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from torch_qgc.errors import ConfigError, ProtocolError
+from torch_qgc.planner import Plan
+from torch_qgc.protocol import messages
+from torch_qgc.protocol.contract import JobSpec
+
+__all__ = ["Lobby", "read_job"]
+
+MOST_WAITING = 65536
+
+_REMEDIES = {
+    "workers": "start every rank with the same world size",
+    "layout_digest": "build the same model on every rank (names, shapes, order, requires_grad)",
+    "plan_digest": "pass the same plan to every rank",
+}
+
+
+def read_job(hello: messages.Hello, rest: Sequence[Any], *, aggregators: int) -> tuple[JobSpec, Plan]:
+    """Return the job that worker 0's Hello announces, checked: nothing has been built for it yet.
+
+    Args:
+        rest: the frames after the header: the plan as JSON.
+        aggregators: how many this aggregator was started as one of.
+    Raises:
+        ProtocolError, PlanError, ConfigError: it cannot be; names the remedy.
+    """
+    if len(rest) != 1 or memoryview(rest[0]).nbytes > messages.MAX_PLAN_BYTES:
+        raise ProtocolError(f"worker 0's Hello: expected one plan frame of at most {messages.MAX_PLAN_BYTES} bytes")
+    try:
+        plan = Plan.from_json(bytes(memoryview(rest[0])).decode())
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"worker 0's Hello: its plan cannot be read ({error})") from error
+    spec = hello.spec
+    spec.validate(plan)
+    if spec.aggregators != aggregators:
+        raise ConfigError(
+            f"the job has {spec.aggregators} aggregators, this one was started as one of {aggregators}: "
+            f"start it with --count {spec.aggregators}"
+        )
+    return spec, plan
+
+
+class Lobby:
+    """The connections of the workers that are in, and the hellos that wait for worker 0 to say what the job is."""
+
+    def __init__(self) -> None:
+        self._peer_of: dict[int, bytes] = {}
+        self._worker_of: dict[bytes, int] = {}
+        self._waiting: dict[bytes, messages.Hello] = {}
+
+    def worker_of(self, peer: bytes) -> int | None:
+        """Return the worker behind a connection."""
+        return self._worker_of.get(peer)
+
+    def peer_of(self, worker: int) -> bytes | None:
+        """Return the connection of a worker, None if it is not in."""
+        return self._peer_of.get(worker)
+
+    def peers(self) -> list[bytes]:
+        """Return the connections of all that are in."""
+        return list(self._worker_of)
+
+    def admit(self, peer: bytes, hello: messages.Hello, spec: JobSpec) -> None:
+        """Let a worker in, for the first time or back from the dead.
+
+        Raises:
+            ProtocolError: it does not fit the job: names the field that differs, or who has its number already.
+        """
+        if hello.spec != spec:
+            mine, theirs = msgspec.to_builtins(spec), msgspec.to_builtins(hello.spec)
+            mine |= {f"rule.{name}": value for name, value in mine.pop("rule").items()}
+            theirs |= {f"rule.{name}": value for name, value in theirs.pop("rule").items()}
+            name = next(name for name, value in mine.items() if theirs[name] != value)
+            remedy = _REMEDIES.get(name, "pass the same arguments to QGCState on every rank")
+            raise ProtocolError(
+                f"worker {hello.worker}: expected {name}={mine[name]!r} as worker 0, got {theirs[name]!r}: {remedy}"
+            )
+        if hello.worker >= spec.workers:
+            raise ProtocolError(f"expected a worker number below {spec.workers}, got {hello.worker}")
+        if hello.worker in self._peer_of:
+            raise ProtocolError(
+                f"worker {hello.worker} is already in this job from another connection: give every rank its own "
+                "number; if it was restarted, try again when the old connection has timed out"
+            )
+        previous = self._worker_of.get(peer)
+        if previous is not None:
+            raise ProtocolError(f"this connection already speaks for worker {previous}: use one connection per worker")
+        self._peer_of[hello.worker], self._worker_of[peer] = peer, hello.worker
+
+    def remove(self, peer: bytes) -> int | None:
+        """Forget a connection; return the worker it spoke for."""
+        self._waiting.pop(peer, None)
+        worker = self._worker_of.pop(peer, None)
+        if worker is not None:
+            del self._peer_of[worker]
+        return worker
+
+    # --- before the job is known --------------------------------------------------------------------------
+
+    def keep_waiting(self, peer: bytes, hello: messages.Hello) -> None:
+        """Keep a hello until worker 0 has said what the job is; beyond a bound it is not kept, and asked for again."""
+        if len(self._waiting) < MOST_WAITING:
+            self._waiting[peer] = hello
+
+    def is_waiting(self, peer: bytes) -> bool:
+        """Tell whether a connection's hello is kept."""
+        return peer in self._waiting
+
+    def take_waiting(self) -> list[tuple[bytes, messages.Hello]]:
+        """Return the hellos that were kept, and forget them."""
+        waiting, self._waiting = list(self._waiting.items()), {}
+        return waiting
+
+    def __repr__(self) -> str:
+        return f"Lobby({len(self._worker_of)} workers in, {len(self._waiting)} waiting for worker 0)"

@@ -1,0 +1,212 @@
+"""What all workers and all aggregators of one job agree on, and the one check of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.kernels import BLOCK, payload_bytes
+from torch_qgc.planner import Plan
+
+__all__ = ["ClosingRule", "Count", "Digest", "Index", "JobSpec", "Seconds", "Step"]
+
+Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Step = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Count = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
+Digest = Annotated[str, msgspec.Meta(max_length=128)]
+
+MOST_WORKERS = 8192  # a result's header has a byte for each
+MOST_STALENESS = 200  # a worker's payloads in one round are counted in a byte
+MOST_CELLS = 1 << 22  # workers x chunks, for each of which an aggregator keeps some 40 bytes
+MOST_CHUNK_NUMEL = 1 << 26  # 256 MiB unquantized, the largest message that sockets take
+LEAST_LOG_STEPS = 4
+
+
+class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a step closes, and what becomes of payloads that come after that.
+
+    Args:
+        deadline_s: seconds after the step's first BEGIN at which it closes without the late ones; None waits
+            for all, as DDP does. Shorter: faster steps, more stragglers left out.
+        warmup_steps: that many first steps of a job wait for all (DDP's own one-time collectives happen there).
+        quorum: a step never closes on fewer arrivals; the deadline is extended until they are in.
+        late: "fold" lets a late payload enter the open round of its chunk, "drop" discards it.
+        max_staleness: how many steps old a folded payload may be.
+        on_loss: what a worker's death does: "continue" spreads its share over the others, "fail" ends the job.
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    deadline_s: float | None = None
+    warmup_steps: int = 3
+    quorum: int = 1
+    late: Literal["fold", "drop"] = "fold"
+    max_staleness: int = 8
+    on_loss: Literal["continue", "fail"] = "continue"
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
+            raise ConfigError(
+                f"deadline_s: expected a positive number of seconds, or None to wait for all, got {self.deadline_s!r}"
+            )
+        for name, least, most in (
+            ("warmup_steps", 0, 2**31 - 1),
+            ("quorum", 1, MOST_WORKERS),
+            ("max_staleness", 0, MOST_STALENESS),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"{name}: expected a number in {least}..{most}, got {getattr(self, name)!r}")
+        for name, words in (("late", ("fold", "drop")), ("on_loss", ("continue", "fail"))):
+            if getattr(self, name) not in words:
+                raise ConfigError(f"{name}: expected {words[0]!r} or {words[1]!r}, got {getattr(self, name)!r}")
+
+    def waits_for_all(self, step: int) -> bool:
+        """Tell whether a step, counted from the job's first, closes only when every live worker is in."""
+        return self.deadline_s is None or step < self.warmup_steps
+
+    def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
+        """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
+
+        Where late payloads are dropped, a worker that can no longer make it had better begin the next step with the
+        others. A step that has just begun is always tried, else a slow worker would never take part; one that is
+        still open after its deadline lacks its quorum, and needs everybody.
+
+        Args:
+            step: counted from the job's first.
+            elapsed_s: for how long the step's clock has been running; None if nobody has begun it.
+            usual_s: how long this worker usually takes; None if it does not know yet.
+        """
+        if self.late == "fold" or self.waits_for_all(step) or elapsed_s is None or usual_s is None:
+            return 0.0
+        assert self.deadline_s is not None
+        if elapsed_s < self.deadline_s / 4 or elapsed_s + usual_s <= self.deadline_s or elapsed_s > self.deadline_s:
+            return 0.0
+        return 1.25 * self.deadline_s - elapsed_s  # a quarter for the results to come
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything all workers and all aggregators of one job must agree on, beside the plan that `plan_digest` names."""
+
+    workers: Annotated[int, msgspec.Meta(ge=1, le=MOST_WORKERS)]
+    numel: Count  # coordinates of the flat gradient
+    chunk_numel: Count  # coordinates of a chunk (the last one may be shorter)
+    layout_digest: Digest  # names, shapes and order of the parameters
+    plan_digest: Digest
+    first_step: Step  # where the job starts: 0, or where its checkpoint was taken
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    aggregators: Annotated[int, msgspec.Meta(ge=1, le=65536)]  # chunk c belongs to aggregator c mod this
+    downlink_bits: Annotated[int, msgspec.Meta(ge=2, le=32)]  # 32: results are plain fp32
+    rule: ClosingRule
+    verify_every: Index  # steps between parameter hashes; 0: never
+    log_steps: Annotated[int, msgspec.Meta(ge=LEAST_LOG_STEPS, lt=2**31)]  # results kept for late workers
+    log_bytes: Count  # and their size, whichever is less
+    join_timeout_s: Seconds  # how long the first step waits for workers that have not joined
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of the flat gradient."""
+        return -(-self.numel // self.chunk_numel)
+
+    def chunk_span(self, chunk: int) -> tuple[int, int]:
+        """Return (offset, numel) of a chunk in the flat gradient."""
+        offset = chunk * self.chunk_numel
+        return offset, min(self.chunk_numel, self.numel - offset)
+
+    def owned_by(self, aggregator: int) -> range:
+        """Return the chunks of an aggregator."""
+        return range(aggregator, self.chunks, self.aggregators)
+
+    def waits_for_all(self, step: int) -> bool:
+        """Tell whether a step closes only when every live worker is in."""
+        return self.rule.waits_for_all(step - self.first_step)
+
+    def log_capacity(self, aggregator: int) -> int:
+        """Return how many steps of results an aggregator's log holds."""
+        return min(self.log_steps, self.log_bytes // max(self._step_bytes(aggregator), 1))
+
+    def _step_bytes(self, aggregator: int) -> int:
+        """Return the payload bytes of one step's results of an aggregator."""
+        owned = self.owned_by(aggregator)
+        whole = len(owned) * payload_bytes(self.chunk_numel, self.downlink_bits)
+        if self.chunks - 1 not in owned:
+            return whole
+        last = self.chunk_span(self.chunks - 1)[1]
+        return whole - payload_bytes(self.chunk_numel, self.downlink_bits) + payload_bytes(last, self.downlink_bits)
+
+    def validate(self, plan: Plan) -> None:
+        """Check everything that both ends rely on: a worker before it sends, an aggregator before it builds.
+
+        Args:
+            plan: the plan of the job.
+        Raises:
+            ConfigError: a value out of range, values or a plan that contradict each other; names the remedy.
+        """
+        _check_schema(self)
+        if not math.isfinite(self.join_timeout_s):
+            raise ConfigError(f"join_timeout_s: expected a finite number of seconds, got {self.join_timeout_s}")
+        if self.chunk_numel % BLOCK or self.chunk_numel > MOST_CHUNK_NUMEL:
+            raise ConfigError(
+                f"chunk_numel: expected a positive multiple of {BLOCK} up to {MOST_CHUNK_NUMEL:,}, got "
+                f"{self.chunk_numel:,}"
+            )
+        if self.workers * self.chunks > MOST_CELLS:
+            raise ConfigError(
+                f"chunk_numel: expected at most {MOST_CELLS:,} workers x chunks, got {self.workers} x {self.chunks:,}: "
+                "raise Limits(chunk_numel=...)"
+            )
+        if self.aggregators > self.chunks:
+            raise ConfigError(
+                f"aggregators: expected at most one per chunk, got {self.aggregators} for {self.chunks} chunks of "
+                f"{self.chunk_numel:,} coordinates: lower aggregators, or Limits(chunk_numel=...) to at most "
+                f"{max(self.numel // self.aggregators // BLOCK * BLOCK, BLOCK):,}"
+            )
+        if self.rule.quorum > self.workers:
+            raise ConfigError(f"quorum: expected at most the {self.workers} workers, got {self.rule.quorum}")
+        if 16 < self.downlink_bits < 32:
+            raise ConfigError(f"downlink_bits: expected 2..16, or 32 for fp32, got {self.downlink_bits}")
+        capacity = self.log_capacity(0)  # aggregator 0 has as many chunks as any
+        if capacity < LEAST_LOG_STEPS:
+            raise ConfigError(
+                f"log_bytes: expected room for the results of at least {LEAST_LOG_STEPS} steps, "
+                f"{LEAST_LOG_STEPS * self._step_bytes(0):,} bytes per aggregator, got {self.log_bytes:,}: raise "
+                "Limits(log_bytes=...), lower downlink_bits, or take more aggregators"
+            )
+        self._check_plan(plan)
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.num_workers != self.workers:
+            raise ConfigError(
+                f"plan: expected one for {self.workers} workers (the process group's size), got one for "
+                f"{plan.num_workers}: make_plan needs one straggle probability per rank"
+            )
+        if plan.digest() != self.plan_digest:
+            raise ConfigError(
+                f"plan: expected the one with digest {self.plan_digest}, got {plan.digest()}: pass the same plan to "
+                "every rank"
+            )
+        try:
+            plan.check_trainable()
+        except PlanError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _check_schema(spec: JobSpec) -> None:
+    """Apply to values that were set here what decoding applies to values that were received."""
+    values = msgspec.to_builtins(spec)
+    try:
+        msgspec.convert(values, JobSpec)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        path = where.strip("`").removeprefix("$.").split(".")
+        raise ConfigError(f"{'.'.join(path)}: {what[:1].lower()}{what[1:]}, got {_at(values, path)!r}") from error
+
+
+def _at(values: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values

@@ -1,0 +1,169 @@
+"""One worker's side of the protocol: what it says, has heard, and what is wrong. No sockets, clock or threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch_qgc.errors import JobFailed, QGCError, Refused
+from torch_qgc.job.events import Event, Trace, silent
+from torch_qgc.logs import logger
+from torch_qgc.protocol import messages
+from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.worker.inbox import Inbox
+
+__all__ = ["Outgoing", "Session"]
+
+Frame = Any
+#: An aggregator, and a call that gives the message for it: payloads may have to wait for a device.
+Outgoing = tuple[int, Callable[[], list[Frame]]]
+
+
+class Session:
+    """One life of one worker in a job, at all of the job's aggregators.
+
+    Args:
+        endpoints: of aggregator 0, 1, ...; chunk c belongs to aggregator c mod their number.
+        spec: the job.
+        worker: this worker's number, 0 .. K-1.
+        plan_json: the plan; worker 0 tells the aggregators.
+        first_step: the first step this worker has no result of.
+        inbox_bytes: results of future steps kept at most.
+        silence_s: an aggregator from which nothing was heard for that long is gone.
+        trace: is told what happens.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        spec: JobSpec,
+        worker: int,
+        plan_json: str,
+        *,
+        first_step: int = 0,
+        inbox_bytes: int = 512 << 20,
+        silence_s: float = 30.0,
+        trace: Trace = silent,
+    ) -> None:
+        self.spec, self.worker, self.endpoints = spec, worker, list(endpoints)
+        self.inbox = Inbox(spec, first_step, inbox_bytes)
+        self.error: QGCError | None = None
+        self.welcomed: set[int] = set()
+        self.failed_at: set[int] = set()  # aggregators that have said that the job has failed
+        self.gone: dict[int, str] = {}  # workers that are no longer in, and how they went
+        self.rejections: list[str] = []
+        self.bytes_sent = self.bytes_received = 0
+        self.outbox: list[Outgoing] = []
+        self._plan_json, self._silence_s, self._trace = plan_json, silence_s, trace
+        self._silent_s = [0.0] * len(self.endpoints)
+        self._last_tick_s: float | None = None
+        for aggregator in range(len(self.endpoints)):
+            self._hello(aggregator)
+
+    # --- what this worker says ----------------------------------------------------------------------------
+
+    def say(self, message: messages.FromWorker, aggregator: int | None = None) -> None:
+        """Queue a message for one aggregator, or for all."""
+        header = messages.encode_message(message)
+        for each in range(len(self.endpoints)) if aggregator is None else (aggregator,):
+            self.outbox.append((each, lambda: [header]))
+
+    def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Frame, float, float]]) -> None:
+        """Queue a chunk; `payload` returns (buffer, rounding variance, squared norm) when it is sent."""
+
+        def frames() -> list[Frame]:
+            buffer, variance, squared_norm = payload()
+            return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm)), buffer]
+
+        self.outbox.append((chunk % len(self.endpoints), frames))
+
+    def refetch(self) -> None:
+        """Ask again for the results that the step at hand lacks."""
+        for chunk in self.inbox.missing():
+            self.say(messages.Fetch(self.inbox.step, chunk), chunk % len(self.endpoints))
+
+    def drain(self) -> list[Outgoing]:
+        """Return what is to be sent, in order, and forget it."""
+        outbox, self.outbox = self.outbox, []
+        return outbox
+
+    def _hello(self, aggregator: int) -> None:
+        hello = messages.Hello(
+            version=messages.PROTOCOL_VERSION, worker=self.worker, step=self.inbox.step, spec=self.spec
+        )
+        frames = [messages.encode_message(hello), *([self._plan_json.encode()] if self.worker == 0 else [])]
+        self.outbox.append((aggregator, lambda: frames))
+
+    # --- what it hears ------------------------------------------------------------------------------------
+
+    def receive(self, aggregator: int, frames: list[Frame], now: float) -> None:
+        """Take one message.
+
+        Raises:
+            ProtocolError: it is none of this job.
+        """
+        self._silent_s[aggregator] = 0.0
+        self.bytes_received += sum(memoryview(frame).nbytes for frame in frames)
+        match message := messages.decode_from_aggregator(frames[0]):
+            case messages.Result(step, chunk):
+                kept = self.inbox.put(message, frames[1:])
+                self._trace(Event(now, "result", step, chunk, self.worker, {"kept": kept}))
+            case messages.Started(step, elapsed_s):
+                self.inbox.start(step, now - elapsed_s)
+            case messages.Welcome():
+                self.welcomed.add(aggregator)
+                self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
+            case messages.Introduce():
+                self._hello(aggregator)
+            case messages.Refusal(text):
+                self.end(Refused(text))
+            case messages.Failed(text):
+                self.failed_at.add(aggregator)
+                self.end(JobFailed(text))
+            case messages.Gone(worker, how):
+                self._note_gone(worker, how, now)
+            case messages.Rejected(text):
+                self.rejections = [*self.rejections[-99:], text]
+                logger.warning("worker %d: an aggregator has dropped a message: %s", self.worker, text)
+                if aggregator not in self.welcomed:
+                    self.end(Refused(text))
+            case messages.Ping():
+                pass
+
+    def tick(self, now: float) -> None:
+        """Notice aggregators that are silent.
+
+        Only time in which this is called counts as silence: a suspended process must not blame its peer.
+        """
+        passed_s = 0.0 if self._last_tick_s is None else min(now - self._last_tick_s, 1.0)
+        self._last_tick_s = now
+        for aggregator, endpoint in enumerate(self.endpoints):
+            self._silent_s[aggregator] += passed_s
+            if self._silent_s[aggregator] > self._silence_s:
+                self.end(
+                    JobFailed(
+                        f"worker {self.worker}: nothing heard from the aggregator at {endpoint} for "
+                        f"{self._silent_s[aggregator]:.0f} s: its process (a child of rank 0 by default) or the "
+                        "network is gone"
+                    )
+                )
+
+    def end(self, error: QGCError) -> None:
+        """Note that this worker cannot go on; the first reason stays."""
+        self.error = self.error or error
+
+    def _note_gone(self, worker: int, how: str, now: float) -> None:
+        if self.gone.get(worker) == how:
+            return  # another aggregator has said so
+        self.gone[worker] = how
+        self._trace(Event(now, "gone", self.inbox.step, None, worker, {"how": how}))
+        if how == "lost":
+            logger.warning(
+                "worker %d was lost: its process or its network is gone. The others go on, its share of the data "
+                "spread over them (QGCState(on_loss='fail') ends the job instead)",
+                worker,
+            )
+
+    def __repr__(self) -> str:
+        state = f"ended: {self.error}" if self.error is not None else f"{len(self.welcomed)} of them have let it in"
+        return f"Session(worker {self.worker}, {len(self.endpoints)} aggregators, {state}, {self.inbox!r})"
