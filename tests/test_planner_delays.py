@@ -10,14 +10,13 @@ from scipy import stats
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import make_plan
+from torch_qgc.planner.deadline import choose_deadline, expected_round_time
 from torch_qgc.planner.delays import (
     DelayModel,
     Empirical,
     Exponential,
     ShiftedExponential,
     StragglePosterior,
-    choose_deadline,
-    expected_round_time,
     fit_shifted_exponential,
     straggle_probability,
 )

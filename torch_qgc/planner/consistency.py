@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import rules, shares
-from torch_qgc.planner.checks import Ints
-from torch_qgc.planner.variance import PASS_THROUGH_BITS
+from torch_qgc.planner.fields import PlanFields
 
-if TYPE_CHECKING:
-    from torch_qgc.planner.plan import Plan
-
-__all__ = ["check", "integer_bits"]
+__all__ = ["check"]
 
 _MOST_PARTS = 64
 
 
-def check(plan: Plan) -> None:
+def check(plan: PlanFields) -> None:
     """Check everything that fields promise about each other.
 
     Raises:
@@ -39,17 +35,7 @@ def check(plan: Plan) -> None:
         _check_columns(plan)
 
 
-def integer_bits(bits: Any, num_workers: int) -> Ints:
-    """Return a copy of `bits` as [K] int64 in [0, 32]."""
-    values = np.array(bits)
-    if values.shape != (num_workers,) or not np.issubdtype(values.dtype, np.integer):
-        raise PlanError(f"bits: expected [{num_workers}] integers, got shape {values.shape} of {values.dtype}")
-    if values.min() < 0 or values.max() > PASS_THROUGH_BITS:
-        raise PlanError(f"bits: expected values in [0, {PASS_THROUGH_BITS}], got {values.min()} .. {values.max()}")
-    return values.astype(np.int64)
-
-
-def _check_names(plan: Plan) -> None:
+def _check_names(plan: PlanFields) -> None:
     if plan.decoder not in rules.RULES:
         raise PlanError(f"decoder: expected one of {', '.join(rules.DECODERS)}, got {plan.decoder!r}")
     if plan.second_track is not None and plan.second_track not in rules.SECOND_TRACKS:
@@ -66,7 +52,7 @@ def _check_names(plan: Plan) -> None:
         raise PlanError(f"gradient_correlation: expected a number in [0, 1], got {plan.gradient_correlation}")
 
 
-def _check_parts(plan: Plan) -> None:
+def _check_parts(plan: PlanFields) -> None:
     if not 1 <= plan.parts <= _MOST_PARTS or plan.weights.shape[1] % plan.parts:
         raise PlanError(
             f"parts: expected a number in [1, {_MOST_PARTS}] that divides the {plan.weights.shape[1]} columns of "
@@ -79,7 +65,7 @@ def _check_parts(plan: Plan) -> None:
         )
 
 
-def _check_shares(plan: Plan) -> None:
+def _check_shares(plan: PlanFields) -> None:
     if abs(float(plan.shares.sum()) - 1.0) > 1e-9:
         raise PlanError(f"shares: expected sum 1, got {float(plan.shares.sum())!r}; divide them by their sum")
     mute = np.flatnonzero((plan.shares > 0) & ((plan.straggle_probs >= 1.0) | np.isinf(plan.variance)))
@@ -90,7 +76,7 @@ def _check_shares(plan: Plan) -> None:
         )
 
 
-def _check_rows(plan: Plan) -> None:
+def _check_rows(plan: PlanFields) -> None:
     """Check sum_n |w_kn| = N m_k."""
     if not np.all(np.isfinite(shares.stored_entries(plan.weights))):
         raise PlanError("weights: expected finite entries, got others")
@@ -105,7 +91,7 @@ def _check_rows(plan: Plan) -> None:
         )
 
 
-def _check_columns(plan: Plan) -> None:
+def _check_columns(plan: PlanFields) -> None:
     """Check sum_k a_kn = s_n: else no coefficients make the gradient unbiased."""
     n = plan.num_partitions
     gap = np.asarray(plan.weights.sum(axis=0)) - n * plan.partition_fractions

@@ -10,17 +10,13 @@ from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, per_worker, probabilities
-from torch_qgc.planner.deadline import DeadlineChoice, choose_deadline, expected_round_time
 
 __all__ = [
-    "DeadlineChoice",
     "DelayModel",
     "Empirical",
     "Exponential",
     "ShiftedExponential",
     "StragglePosterior",
-    "choose_deadline",
-    "expected_round_time",
     "fit_shifted_exponential",
     "straggle_probability",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import consistency, serial
-from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
-from torch_qgc.planner.rules import BALANCED, RULES, Rule, corrected_shares
-from torch_qgc.planner.shares import Weights, dense_rows, error_factors, frozen_weights, load, partition_fractions
-from torch_qgc.planner.variance import Norm, quantization_variance
+from torch_qgc.planner.checks import Floats, Rule
+from torch_qgc.planner.fields import PlanFields
+from torch_qgc.planner.rules import BALANCED, RULES, corrected_shares
+from torch_qgc.planner.shares import dense_rows, load
 
 __all__ = ["Plan"]
 
@@ -23,7 +23,7 @@ _ROWS_SHOWN = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Plan:
+class Plan(PlanFields):
     """Who answers for which data, with how many bits, and how arrivals are weighed.
 
     Worker k draws its samples from partition n with probability weights[k, n] / weights[k].sum(), sends the
@@ -60,39 +60,8 @@ class Plan:
         PlanError: anything inconsistent: the message says what was expected.
     """
 
-    straggle_probs: Floats
-    bits: Ints
-    shares: Floats
-    weights: Weights
-    variance: Floats = field(default_factory=lambda: np.empty(0))
-    partition_sizes: Floats | None = None
-    bit_budget: int | None = None
-    block_size: int = 512
-    norm: Norm = "max"
-    decoder: str = "unbiased"
-    second_track: str | None = None
-    second_track_alpha: float = 1.0
-    gradient_correlation: float = 0.5
-    parts: int = 1
-
     def __post_init__(self) -> None:
-        p = probabilities(self.straggle_probs)
-        bits = consistency.integer_bits(self.bits, len(p))
-        typical = np.size(self.variance) == 0
-        arrays: dict[str, NDArray[Any]] = {
-            "straggle_probs": p,
-            "bits": bits,
-            "shares": per_worker(self.shares, len(p), "shares"),
-            "variance": quantization_variance(bits, self.block_size, norm=self.norm)
-            if typical
-            else per_worker(self.variance, len(p), "variance"),
-        }
-        object.__setattr__(self, "weights", frozen_weights(self.weights, len(p)))
-        if self.partition_sizes is not None:
-            arrays["partition_sizes"] = np.array(self.partition_sizes, dtype=np.float64)
-        for name, values in arrays.items():
-            values.setflags(write=False)
-            object.__setattr__(self, name, values)
+        super().__post_init__()
         consistency.check(self)
         # Rules that cannot be built for this plan must fail here, not in the first round.
         _ = self._first, self._second
@@ -141,46 +110,10 @@ class Plan:
         return corrected_shares(self.shares, 1.0 - self.straggle_probs)
 
     # ------------------------------------------------------------------------------------ properties
-    @property
-    def num_workers(self) -> int:
-        """K."""
-        return len(self.shares)
-
-    @property
-    def num_partitions(self) -> int:
-        """N."""
-        return int(self.weights.shape[1]) // self.parts
-
-    @cached_property
-    def partition_fractions(self) -> Floats:
-        """[N] fractions s_n of the data, sum 1."""
-        return partition_fractions(self.num_partitions, self.partition_sizes)
-
-    @cached_property
-    def target(self) -> Floats:
-        """[parts, parts N] what every part of the gradient is made of: s_n of its own columns."""
-        return np.asarray(np.kron(np.eye(self.parts), self.partition_fractions), dtype=np.float64)
-
     @cached_property
     def load(self) -> float:
         """Mean number of workers that hold a partition."""
         return load(self.weights)
-
-    @property
-    def spent_bits(self) -> float:
-        """Bits per coordinate of the gradient, summed over workers."""
-        return float(self.bits.sum()) / self.parts
-
-    @cached_property
-    def residual_bound(self) -> float:
-        """Bound on E||ghat - g||^2 with unbiased decoding, in units of the largest ||gbar_n||^2.
-
-        sum_k delta_k m_k^2, delta_k = (p_k + v_k) / (1 - p_k): Song & Choi Lemma 1, and 1/S at their optimum.
-        It is attained when all partitions have the same gradient.
-        """
-        used = self.shares > 0
-        factors = error_factors(self.straggle_probs[used], self.variance[used])
-        return float(np.sum(factors * self.shares[used] ** 2))
 
     def partition_probabilities(self, worker: int) -> Floats:
         """Return [N] probabilities that a worker draws a sample from each partition; zeros at share 0.
@@ -210,7 +143,7 @@ class Plan:
         Raises:
             PlanError: not JSON, not a plan, another format, or a plan that does not hold together.
         """
-        return serial.from_json(text)
+        return serial.from_json(text, cls)
 
     def digest(self) -> str:
         """Return a hex fingerprint of the plan: equal on two ends if and only if their plans are equal."""

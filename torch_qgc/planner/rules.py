@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.baseline_rules import BASELINE_RULES, dense_weights
-from torch_qgc.planner.checks import Floats, per_worker, probabilities
-
-if TYPE_CHECKING:
-    from torch_qgc.planner.plan import Plan
+from torch_qgc.planner.checks import Floats, Rule, per_worker, probabilities
+from torch_qgc.planner.fields import PlanFields
 
 __all__ = [
     "BALANCED",
@@ -21,13 +19,9 @@ __all__ = [
     "FIXED",
     "RULES",
     "SECOND_TRACKS",
-    "Rule",
     "corrected_shares",
     "second_moment_decoder",
 ]
-
-#: (arrived [K], corrected shares m_k / r_k [K]) -> [K] coefficient of each contribution of a worker.
-Rule: TypeAlias = Callable[[NDArray[Any], Floats], Floats]
 
 Gram = Literal["mixed", "aligned", "orthogonal"]
 
@@ -38,18 +32,18 @@ def corrected_shares(shares: Floats, rates: NDArray[Any]) -> Floats:
     return corrected
 
 
-def _unbiased(plan: Plan) -> Rule:
+def _unbiased(plan: PlanFields) -> Rule:
     """c_k = m_k / r_k: the decoded gradient is the true one on average."""
     return lambda arrived, corrected: corrected * (arrived > 0)
 
 
-def _uncorrected(plan: Plan) -> Rule:
+def _uncorrected(plan: PlanFields) -> Rule:
     """c_k = m_k: what is missing is missing (the stragglers are ignored)."""
     shares = plan.shares
     return lambda arrived, corrected: shares * (arrived > 0)
 
 
-def _hajek(plan: Plan) -> Rule:
+def _hajek(plan: PlanFields) -> Rule:
     """c_k / sum of the c of all arrivals: weights always sum to one, at the price of a small bias."""
 
     def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
@@ -60,7 +54,7 @@ def _hajek(plan: Plan) -> Rule:
     return rule
 
 
-def _ridge(plan: Plan) -> Rule:
+def _ridge(plan: PlanFields) -> Rule:
     """Shrink c_k by alpha / (alpha + R), R the residual of the unbiased decoder.
 
     The least alpha bias^2 + variance over all decoders when partitions' gradients are equal: Song & Choi eq.
@@ -70,7 +64,7 @@ def _ridge(plan: Plan) -> Rule:
     return lambda arrived, corrected: corrected * (arrived > 0) * shrink
 
 
-def _lmmse(plan: Plan) -> Rule:
+def _lmmse(plan: PlanFields) -> Rule:
     """Solve for the weights with the least mean squared error given who arrived.
 
         w = (E Gamma E^T + diag(v_k e_k^T Gamma e_k / n_k))^-1 E Gamma s,   Gamma = (1 - rho) I + rho 1 1^T
@@ -102,7 +96,7 @@ def _lmmse(plan: Plan) -> Rule:
 
 
 #: Every decode rule by name. A new rule is one more entry; a rule outside BALANCED may come with any weights.
-RULES: dict[str, Callable[[Plan], Rule]] = {
+RULES: dict[str, Callable[[PlanFields], Rule]] = {
     "unbiased": _unbiased,
     "hajek": _hajek,
     "ridge": _ridge,
