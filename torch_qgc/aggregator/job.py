@@ -148,8 +148,6 @@ class Aggregator:
                 f"worker 0's Hello: expected a plan for {spec.workers} workers with digest {spec.plan_digest}, got one "
                 f"for {plan.num_workers} with digest {plan.digest()}: pass the same plan to every rank"
             )
-        if plan.parts != 1:
-            raise ProtocolError(f"expected a plan in which workers send whole gradients, got one of {plan.parts} parts")
         if spec.aggregators != self.count:
             raise ProtocolError(
                 f"the job has {spec.aggregators} aggregators, this one was started as one of {self.count}: "

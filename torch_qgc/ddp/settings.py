@@ -59,11 +59,6 @@ class Settings:
                 f"plan: expected one for {self.workers} workers (the process group's size), got one for "
                 f"{self.plan.num_workers}: make_plan needs one straggle probability per rank"
             )
-        if self.plan.parts != 1:
-            raise ConfigError(
-                f"plan: expected one in which every worker sends whole gradients, got one that cuts them into "
-                f"{self.plan.parts} parts: such codes are for the simulator and `residual` only"
-            )
         if self.rule.warmup_steps < 2:
             raise ConfigError(
                 f"warmup_steps: expected at least 2 (DDP rebuilds its buckets then), got {self.rule.warmup_steps}"

@@ -17,7 +17,7 @@ from torch_qgc.planner.checks import Floats, Rule
 from torch_qgc.planner.fields import PlanFields
 from torch_qgc.planner.shares import dense_rows
 
-__all__ = ["BASELINE_RULES", "dense_weights"]
+__all__ = ["BASELINE_RULES", "dense_weights", "solve"]
 
 # Rules that solve a system per round keep dense rows: larger jobs have no use for them.
 _DENSE_WORKERS = 4096
@@ -96,22 +96,31 @@ def _exact(plan: PlanFields) -> Rule:
 
 def _solver(plan: PlanFields, name: str, *, must_be_exact: bool) -> Rule:
     rows = dense_weights(plan, name)
+    target = plan.partition_fractions
+    return lambda arrived, corrected: solve(rows, target, arrived, must_be_exact=must_be_exact)
+
+
+def solve(rows: Floats, target: Floats, arrived: NDArray[Any], *, must_be_exact: bool) -> Floats:
+    """Return the coefficients that turn the payloads of those who are in into the target, as nearly as they can.
+
+    Args:
+        rows: [K, C] weights.
+        target: [C] sum of the columns' gradients that is wanted, or [m, C] several of them.
+        arrived: [K] bool or counts.
+        must_be_exact: all zeros if one of the targets is missed.
+    Returns:
+        [K] or [m, K], the coefficient of each contribution.
+    """
     mass = np.abs(rows).sum(axis=1)
-    target = plan.target.T  # [C, parts]
-    usable = mass > 0
-
-    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
-        coefficients = np.zeros((target.shape[1], len(rows)))
-        present = np.flatnonzero((arrived > 0) & usable)
-        if present.size:
-            system = rows[present].T
-            found = np.linalg.lstsq(system, target, rcond=1e-12)[0]
-            missed = float(np.abs(system @ found - target).max())
-            if not must_be_exact or missed <= _EXACT * float(target.max()):
-                coefficients[:, present] = found.T * mass[present] / np.asarray(arrived)[present]
-        return coefficients if plan.parts > 1 else coefficients[0]
-
-    return rule
+    coefficients = np.zeros((*target.shape[:-1], len(rows)))
+    present = np.flatnonzero((arrived > 0) & (mass > 0))
+    if present.size:
+        system = rows[present].T
+        found = np.linalg.lstsq(system, target.T, rcond=1e-12)[0]
+        missed = float(np.abs(system @ found - target.T).max())
+        if not must_be_exact or missed <= _EXACT * float(target.max()):
+            coefficients[..., present] = found.T * mass[present] / arrived[present]
+    return coefficients
 
 
 BASELINE_RULES: dict[str, Callable[[PlanFields], Rule]] = {

@@ -12,8 +12,6 @@ from torch_qgc.planner.fields import PlanFields
 
 __all__ = ["check"]
 
-_MOST_PARTS = 64
-
 
 def check(plan: PlanFields) -> None:
     """Check everything that fields promise about each other.
@@ -24,7 +22,6 @@ def check(plan: PlanFields) -> None:
     _check_names(plan)
     if plan.bit_budget is not None and plan.spent_bits > plan.bit_budget:
         raise PlanError(f"bits: expected at most {plan.bit_budget} bits over all workers, got {plan.spent_bits:g}")
-    _check_parts(plan)
     balanced = not rules.BALANCED.isdisjoint({plan.decoder, plan.second_track})
     if balanced:
         _check_shares(plan)
@@ -52,19 +49,6 @@ def _check_names(plan: PlanFields) -> None:
         raise PlanError(f"gradient_correlation: expected a number in [0, 1], got {plan.gradient_correlation}")
 
 
-def _check_parts(plan: PlanFields) -> None:
-    if not 1 <= plan.parts <= _MOST_PARTS or plan.weights.shape[1] % plan.parts:
-        raise PlanError(
-            f"parts: expected a number in [1, {_MOST_PARTS}] that divides the {plan.weights.shape[1]} columns of "
-            f"weights, got {plan.parts}"
-        )
-    if plan.parts > 1 and (plan.decoder not in ("exact", "least_squares") or plan.second_track is not None):
-        raise PlanError(
-            "decoder: expected 'exact' or 'least_squares' and no second track with several parts, got "
-            f"{plan.decoder!r} and {plan.second_track!r}"
-        )
-
-
 def _check_shares(plan: PlanFields) -> None:
     if abs(float(plan.shares.sum()) - 1.0) > 1e-9:
         raise PlanError(f"shares: expected sum 1, got {float(plan.shares.sum())!r}; divide them by their sum")
@@ -80,11 +64,11 @@ def _check_rows(plan: PlanFields) -> None:
     """Check sum_n |w_kn| = N m_k."""
     if not np.all(np.isfinite(shares.stored_entries(plan.weights))):
         raise PlanError("weights: expected finite entries, got others")
-    columns = plan.weights.shape[1]
+    n = plan.num_partitions
     magnitudes: Any = abs(plan.weights)
-    gap = np.asarray(magnitudes.sum(axis=1)) - columns * plan.shares
+    gap = np.asarray(magnitudes.sum(axis=1)) - n * plan.shares
     worst = int(np.argmax(np.abs(gap)))
-    if abs(gap[worst]) > 1e-9 * columns:
+    if abs(gap[worst]) > 1e-9 * n:
         raise PlanError(
             f"weights: expected rows whose magnitudes sum to N m_k, got row of worker {worst} off by "
             f"{gap[worst]:.3g} (see torch_qgc.planner.segment_weights)"

@@ -38,7 +38,6 @@ class PlanFields:
     second_track: str | None = None
     second_track_alpha: float = 1.0
     gradient_correlation: float = 0.5
-    parts: int = 1
 
     def __post_init__(self) -> None:
         p = probabilities(self.straggle_probs)
@@ -67,22 +66,17 @@ class PlanFields:
     @property
     def num_partitions(self) -> int:
         """N."""
-        return int(self.weights.shape[1]) // self.parts
+        return int(self.weights.shape[1])
 
     @cached_property
     def partition_fractions(self) -> Floats:
         """[N] fractions s_n of the data, sum 1."""
         return partition_fractions(self.num_partitions, self.partition_sizes)
 
-    @cached_property
-    def target(self) -> Floats:
-        """[parts, parts N] what every part of the gradient is made of: s_n of its own columns."""
-        return np.asarray(np.kron(np.eye(self.parts), self.partition_fractions), dtype=np.float64)
-
     @property
     def spent_bits(self) -> float:
         """Bits per coordinate of the gradient, summed over workers."""
-        return float(self.bits.sum()) / self.parts
+        return float(self.bits.sum())
 
     @cached_property
     def residual_bound(self) -> float:

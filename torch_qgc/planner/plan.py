@@ -53,9 +53,6 @@ class Plan(PlanFields):
         second_track: None, "ridge", "hajek" or "lmmse": how the gradient is decoded that Adam squares.
         second_track_alpha: weight of squared bias against variance in "ridge"; more: closer to unbiased.
         gradient_correlation: in [0, 1], what "lmmse" assumes between the gradients of two partitions.
-        parts: into how many equal pieces the gradient is cut; a payload has 1/parts of its coordinates and
-            may spend as many times the bits. Weights are then [K, parts N]: columns by part, then partition
-            (Ye & Abbe's codes; training takes 1).
     Raises:
         PlanError: anything inconsistent: the message says what was expected.
     """
@@ -75,8 +72,7 @@ class Plan(PlanFields):
                 worker contributes twice.
             rates: [K] expected contributions per round r_k; None: 1 - p_k.
         Returns:
-            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0; with several
-            parts [parts, K], one row for each of them.
+            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0.
         Raises:
             PlanError: wrong shape.
         """
@@ -119,14 +115,13 @@ class Plan(PlanFields):
         """Return [N] probabilities that a worker draws a sample from each partition; zeros at share 0.
 
         Raises:
-            PlanError: the code subtracts gradients or cuts them, which sampling cannot do.
+            PlanError: the code subtracts gradients, which sampling cannot do.
         """
         row: Floats = dense_rows(self.weights, worker, worker + 1)[0]
-        if self.parts > 1 or np.any(row < 0):
+        if np.any(row < 0):
             raise PlanError(
-                f"weights: expected entries >= 0 in one part to draw samples by, got {self.parts} parts with "
-                f"least entry {row.min():.3g} for worker {worker}: this code is for comparisons, train with "
-                "one of make_plan"
+                f"weights: expected entries >= 0 to draw samples by, got {row.min():.3g} for worker {worker}: this "
+                "code is for comparisons, train with one of make_plan"
             )
         total = float(row.sum())
         return row / total if total > 0 else row
@@ -171,7 +166,7 @@ class Plan(PlanFields):
             f"coordinate, {self.norm} norm over {self.block_size}, {self.decoder}{second}, "
             f"load {self.load:.3g}{bound})"
         ]
-        everybody = np.atleast_2d(self.coefficients(np.ones(self.num_workers, dtype=bool)))[0]
+        everybody = self.coefficients(np.ones(self.num_workers, dtype=bool))
         lines.append(f"{'worker':>8} {'late':>7} {'bits':>5} {'share':>8} {'coefficient':>12}")
         for k in range(min(self.num_workers, _ROWS_SHOWN)):
             lines.append(

@@ -79,7 +79,11 @@ class Setting:
         return np.random.default_rng(self.seed)
 
     def equal_bits(self, parts: int = 1) -> tuple[Ints, int]:
-        """Return equal bits [K], one more for the most reliable while the budget lasts, and the budget."""
+        """Return equal bits [K], one more for the most reliable while the budget lasts, and the budget.
+
+        Args:
+            parts: payloads have 1/parts of the gradient's coordinates and may spend as many times the bits on each.
+        """
         budget, quantized = resolve_budget(self.workers, self.bits_per_coordinate, self.bit_budget)
         if not quantized:
             return np.full(self.workers, PASS_THROUGH_BITS, dtype=np.int64), budget
@@ -113,15 +117,14 @@ class Setting:
         *,
         bits: Ints | None = None,
         variance: Floats | None = None,
-        parts: int = 1,
     ) -> Plan:
         """Return the plan of a code: equal bits unless given, shares as the rows of `weights` say.
 
         Args:
-            weights: [K, parts N], of any sign and balance that the decode rule takes.
+            weights: [K, N], of any sign and balance that the decode rule takes.
         """
         magnitudes: Any = abs(weights)
-        equal, budget = self.equal_bits(parts) if bits is None else (bits, int(bits.sum()))
+        equal, budget = self.equal_bits() if bits is None else (bits, int(bits.sum()))
         return Plan(
             straggle_probs=self.late,
             bits=equal,
@@ -132,7 +135,6 @@ class Setting:
             block_size=self.block_size,
             norm=self.norm,
             decoder=decoder,
-            parts=parts,
         )
 
     def spread(self, code: Floats) -> Floats:
