@@ -14,7 +14,6 @@ from torch_qgc.planner.deadline import choose_deadline, expected_round_time
 from torch_qgc.planner.delays import (
     DelayModel,
     Empirical,
-    Exponential,
     ShiftedExponential,
     StragglePosterior,
     fit_shifted_exponential,
@@ -24,7 +23,7 @@ from torch_qgc.planner.delays import (
 MU = np.array([0.5, 1.0, 4.0])
 MODELS: list[DelayModel] = [
     ShiftedExponential(mu=MU, shift=np.array([1.0, 0.5, 1.2]), load=np.array([1.0, 2.0, 0.5])),
-    Exponential(mu=MU),
+    ShiftedExponential(mu=MU, shift=0.0),
     Empirical(delays_s=1 + np.random.default_rng(0).gamma(2.0, 0.5, size=(50, 3)), caution=0.0),
 ]
 

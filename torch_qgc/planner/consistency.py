@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,12 @@ def check(plan: PlanFields) -> None:
         PlanError: anything inconsistent.
     """
     _check_names(plan)
-    if plan.bit_budget is not None and plan.spent_bits > plan.bit_budget:
-        raise PlanError(f"bits: expected at most {plan.bit_budget} bits over all workers, got {plan.spent_bits:g}")
+    if plan.bit_budget is not None:
+        if not isinstance(plan.bit_budget, int):
+            raise PlanError(f"bit_budget: expected a whole number or None, got {plan.bit_budget!r}")
+        if plan.spent_bits > plan.bit_budget:
+            raise PlanError(f"bits: expected at most {plan.bit_budget} bits over all workers, got {plan.spent_bits:g}")
+    _ = plan.partition_fractions  # refuses sizes that are not positive and finite
     balanced = not rules.BALANCED.isdisjoint({plan.decoder, plan.second_track})
     if balanced:
         _check_shares(plan)
@@ -41,10 +46,8 @@ def _check_names(plan: PlanFields) -> None:
         )
     if plan.norm not in ("max", "l2"):
         raise PlanError(f"norm: expected 'max' or 'l2', got {plan.norm!r}")
-    if plan.block_size < 1:
-        raise PlanError(f"block_size: expected at least 1 coordinate, got {plan.block_size}")
-    if not plan.second_track_alpha > 0:
-        raise PlanError(f"second_track_alpha: expected a positive weight, got {plan.second_track_alpha}")
+    if not 0.0 < plan.second_track_alpha < math.inf:
+        raise PlanError(f"second_track_alpha: expected a finite weight > 0, got {plan.second_track_alpha}")
     if not 0.0 <= plan.gradient_correlation <= 1.0:
         raise PlanError(f"gradient_correlation: expected a number in [0, 1], got {plan.gradient_correlation}")
 

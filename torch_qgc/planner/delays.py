@@ -14,7 +14,6 @@ from torch_qgc.planner.checks import Floats, per_worker, probabilities
 __all__ = [
     "DelayModel",
     "Empirical",
-    "Exponential",
     "ShiftedExponential",
     "StragglePosterior",
     "fit_shifted_exponential",
@@ -98,13 +97,6 @@ class ShiftedExponential:
     def breakpoints(self) -> Floats:
         """Return the least delays: there the tail begins to fall."""
         return np.unique(np.asarray(self.shift, dtype=np.float64) * np.asarray(self.load, dtype=np.float64))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Exponential(ShiftedExponential):
-    """Exponential delays of mean load / mu: workers limited by communication."""
-
-    shift: ArrayLike = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

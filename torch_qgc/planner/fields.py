@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
 from torch_qgc.planner.shares import Weights, error_factors, frozen_weights, partition_fractions
-from torch_qgc.planner.variance import PASS_THROUGH_BITS, Norm, quantization_variance
+from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Norm, quantization_variance
 
 __all__ = ["PlanFields"]
 
@@ -32,7 +32,6 @@ class PlanFields:
     variance: Floats = field(default_factory=lambda: np.empty(0))
     partition_sizes: Floats | None = None
     bit_budget: int | None = None
-    block_size: int = 512
     norm: Norm = "max"
     decoder: str = "unbiased"
     second_track: str | None = None
@@ -47,7 +46,7 @@ class PlanFields:
             "straggle_probs": p,
             "bits": bits,
             "shares": per_worker(self.shares, len(p), "shares"),
-            "variance": quantization_variance(bits, self.block_size, norm=self.norm)
+            "variance": quantization_variance(bits, norm=self.norm)
             if typical
             else per_worker(self.variance, len(p), "variance"),
         }
@@ -91,10 +90,14 @@ class PlanFields:
 
 
 def _integer_bits(bits: Any, num_workers: int) -> Ints:
-    """Return a copy of `bits` as [K] int64 in [0, 32]."""
+    """Return a copy of `bits` as [K] int64 that the codec takes, or 0."""
     values = np.array(bits)
     if values.shape != (num_workers,) or not np.issubdtype(values.dtype, np.integer):
         raise PlanError(f"bits: expected [{num_workers}] integers, got shape {values.shape} of {values.dtype}")
-    if values.min() < 0 or values.max() > PASS_THROUGH_BITS:
-        raise PlanError(f"bits: expected values in [0, {PASS_THROUGH_BITS}], got {values.min()} .. {values.max()}")
+    bad = np.flatnonzero(((values < 0) | (values > MOST_BITS)) & (values != PASS_THROUGH_BITS))
+    if bad.size:
+        raise PlanError(
+            f"bits: expected 0 .. {MOST_BITS}, or {PASS_THROUGH_BITS} for plain fp32, got {values[bad[0]]} for worker "
+            f"{bad[0]}: the codec has no others"
+        )
     return values.astype(np.int64)

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner import consistency, serial
+from torch_qgc.planner import consistency, rules, serial, trainable
 from torch_qgc.planner.checks import Floats, Rule
 from torch_qgc.planner.fields import PlanFields
-from torch_qgc.planner.rules import BALANCED, RULES, corrected_shares
 from torch_qgc.planner.shares import dense_rows, load
 
 __all__ = ["Plan"]
@@ -38,15 +37,14 @@ class Plan(PlanFields):
 
     Args:
         straggle_probs: [K] float64 in [0, 1], chance that worker k misses a round.
-        bits: [K] int64 in [0, 32] bits per coordinate; 32: sent unquantized; 0: sends nothing.
+        bits: [K] int64 bits per coordinate: 2 .. 16; 32: sent unquantized; 1: stochastic signs; 0: sends nothing.
         shares: [K] float64 >= 0, sum 1: fraction of the data that worker k answers for.
         weights: [K, N] float64 >= 0, array or scipy.sparse.csr_array; rows sum to N m_k, columns to N s_n.
         variance: [K] relative variance of what worker k sends about its mean gradient; empty: what is typical
             of its bits.
         partition_sizes: [N] > 0 in any unit; None: equal.
         bit_budget: bits per coordinate over all workers that `bits` must keep to, or None.
-        block_size: coordinates that share one scale.
-        norm: "max" or "l2", what that scale is.
+        norm: "max" or "l2", what the scale is that 512 coordinates share.
         decoder: "unbiased", "hajek", "ridge" or "uncorrected": see docs/planner.md; or a rule of the codes in
             torch_qgc.schemes. These may come with weights of any sign and balance, for which rows of |weights|
             sum to N m_k and h_k = sum_n weights[k, n] gbar_n / (N m_k).
@@ -76,34 +74,61 @@ class Plan(PlanFields):
         Raises:
             PlanError: wrong shape.
         """
-        return self._decode(self._first, arrived, rates)
+        return self._first(*self._round(arrived, rates))
 
     def second_coefficients(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> Floats | None:
         """Return the second track's coefficients, as `coefficients` does; None without a second track."""
-        return None if self._second is None else self._decode(self._second, arrived, rates)
+        return None if self._second is None else self._second(*self._round(arrived, rates))
 
-    def _decode(self, rule: Rule, arrived: NDArray[Any], rates: NDArray[Any] | None) -> Floats:
+    def second_scale(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> float:
+        """Return the number that `coefficients` of a round are multiplied by to give `second_coefficients`.
+
+        So a trained second track is the first times one number, 1 without a second track or if nothing arrived.
+
+        Args:
+            arrived, rates: as in `coefficients`.
+        Raises:
+            PlanError: wrong shape, or tracks that are no multiples of each other: "lmmse", or a second track beside
+                another decoder than "unbiased", "hajek" or "ridge".
+        """
+        return self._second_scale(*self._round(arrived, rates))
+
+    def check_trainable(self) -> None:
+        """Check that a job can train with this plan; all that `make_plan` returns, but for second tracks as below.
+
+        Raises:
+            PlanError: a code that is for comparisons (stochastic signs, gradients that are subtracted), numbers
+                that are not finite, or a second track that is not a multiple of the first: see `second_scale`.
+        """
+        trainable.check(self)
+
+    def _round(self, arrived: NDArray[Any], rates: NDArray[Any] | None) -> tuple[NDArray[Any], Floats]:
+        """Return who arrived, and the shares m_k / r_k: what rules are told of a round."""
         arrived = np.asarray(arrived)
         if arrived.shape != self.shares.shape:
             raise PlanError(f"arrived: expected shape [{self.num_workers}], got {arrived.shape}")
         if rates is None:
-            return rule(arrived, self._corrected)
+            return arrived, self._corrected
         rates = np.asarray(rates)
         if rates.shape != self.shares.shape:
             raise PlanError(f"rates: expected shape [{self.num_workers}], got {rates.shape}")
-        return rule(arrived, corrected_shares(self.shares, rates))
+        return arrived, rules.corrected_shares(self.shares, rates)
 
     @cached_property
     def _first(self) -> Rule:
-        return RULES[self.decoder](self)
+        return rules.RULES[self.decoder](self)
 
     @cached_property
     def _second(self) -> Rule | None:
-        return None if self.second_track is None else RULES[self.second_track](self)
+        return None if self.second_track is None else rules.RULES[self.second_track](self)
+
+    @cached_property
+    def _second_scale(self) -> rules.Scale:
+        return rules.second_scale(self)
 
     @cached_property
     def _corrected(self) -> Floats:
-        return corrected_shares(self.shares, 1.0 - self.straggle_probs)
+        return rules.corrected_shares(self.shares, 1.0 - self.straggle_probs)
 
     # ------------------------------------------------------------------------------------ properties
     @cached_property
@@ -159,11 +184,11 @@ class Plan(PlanFields):
 
     def __repr__(self) -> str:
         budget = "" if self.bit_budget is None else f" of {self.bit_budget}"
-        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in BALANCED else ""
+        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in rules.BALANCED else ""
         second = "" if self.second_track is None else f", second track {self.second_track}"
         lines = [
             f"Plan({self.num_workers} workers, {self.num_partitions} partitions, {self.spent_bits:g}{budget} bits per "
-            f"coordinate, {self.norm} norm over {self.block_size}, {self.decoder}{second}, "
+            f"coordinate, {self.norm} norm, {self.decoder}{second}, "
             f"load {self.load:.3g}{bound})"
         ]
         everybody = self.coefficients(np.ones(self.num_workers, dtype=bool))

@@ -19,7 +19,7 @@ __all__ = ["from_json", "to_json"]
 
 Built = TypeVar("Built", bound=PlanFields)
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_COLUMNS = 1 << 24  # far beyond any job; a message must not make us allocate without bound
 
 
