@@ -27,7 +27,8 @@ from rich.table import Table
 from torch_qgc.cli.pictures import budget_picture, figure, save, shares_picture
 from torch_qgc.planner import PlanOptions, allocate_bits, make_plan, optimal_shares, quantization_variance
 from torch_qgc.planner.bits import Method
-from torch_qgc.planner.delays import ShiftedExponential, choose_deadline
+from torch_qgc.planner.deadline import choose_deadline
+from torch_qgc.planner.delays import ShiftedExponential
 
 ROOT = Path(__file__).parent
 RESULTS, PICTURES = ROOT / "results", ROOT.parent / "docs" / "pictures"

@@ -24,9 +24,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.planner import make_plan
 from torch_qgc.planner.delays import ShiftedExponential
+from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import Experiment
 from torch_qgc.simulator.gradients import Gradients
 from torch_qgc.simulator.tasks import Task, least_squares, text

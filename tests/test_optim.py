@@ -354,9 +354,7 @@ def test_grad_scaler_skips_what_is_not_finite_and_unscales_the_rest(fused: bool,
 
 @pytest.mark.parametrize("ours", [CodedSGD, CodedAdam, CodedAdamW])
 def test_an_optimizer_without_the_state_says_what_is_missing(ours: Any) -> None:
-    with pytest.raises(
-        ConfigError, match="expected the QGCState as second argument, got 0.001"
-    ):
+    with pytest.raises(ConfigError, match=r"expected the QGCState as second argument, got 0\.001"):
         ours(parameters(), 1e-3)
 
 

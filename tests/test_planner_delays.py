@@ -10,14 +10,12 @@ from scipy import stats
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import make_plan
+from torch_qgc.planner.deadline import choose_deadline, expected_round_time
 from torch_qgc.planner.delays import (
     DelayModel,
     Empirical,
-    Exponential,
     ShiftedExponential,
     StragglePosterior,
-    choose_deadline,
-    expected_round_time,
     fit_shifted_exponential,
     straggle_probability,
 )
@@ -25,7 +23,7 @@ from torch_qgc.planner.delays import (
 MU = np.array([0.5, 1.0, 4.0])
 MODELS: list[DelayModel] = [
     ShiftedExponential(mu=MU, shift=np.array([1.0, 0.5, 1.2]), load=np.array([1.0, 2.0, 0.5])),
-    Exponential(mu=MU),
+    ShiftedExponential(mu=MU, shift=0.0),
     Empirical(delays_s=1 + np.random.default_rng(0).gamma(2.0, 0.5, size=(50, 3)), caution=0.0),
 ]
 

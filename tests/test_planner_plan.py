@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import pickle
-import time
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def test_joint_design_beats_every_other_allocation(seed: int) -> None:
             "norm": st.sampled_from(["max", "l2"]),
             "variance": st.sampled_from(["typical", "tight", "paper"]),
             "noise_ratio": st.floats(0, 10),
-            "gamma": st.sampled_from(["balanced", 0.1, 3.0]),
+            "gamma": st.sampled_from([0.0, 0.1, 3.0]),
             "allow_drop": st.booleans(),
             "decoder": st.sampled_from(["unbiased", "hajek", "ridge", "uncorrected"]),
             "second_track": st.sampled_from([None, "ridge", "hajek", "lmmse"]),
@@ -136,12 +135,6 @@ def test_a_tolerance_saves_copies_of_the_data_at_a_small_price() -> None:
     assert exact.residual_bound <= coarse.residual_bound < exact.residual_bound * 1.02
 
 
-def test_balanced_gamma_equals_the_mean_straggle_probability_at_equal_bits() -> None:
-    balanced = make_plan(REFERENCE, gamma="balanced", variance="paper")
-    gamma = np.mean(REFERENCE) / quantization_variance(4, 512, bound="paper")
-    assert balanced == make_plan(REFERENCE, gamma=float(gamma), variance="paper")
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_placed_plans_are_within_a_tenth_of_the_best_of_all_allocations(seed: int) -> None:
     """Exhaustive over allocations, each with its best code: alternation may stop short, but only a little."""
@@ -170,14 +163,10 @@ def _only(bits: np.ndarray, q: np.ndarray) -> np.ndarray:
     return table
 
 
-def test_plans_for_100_000_workers_are_sparse_and_fast() -> None:
-    p = np.random.default_rng(0).uniform(0.01, 0.5, 100_000)
-    start = time.perf_counter()
-    plan = make_plan(p)
-    took = time.perf_counter() - start
+def test_plans_for_100_000_workers_are_sparse() -> None:
+    plan = make_plan(np.random.default_rng(0).uniform(0.01, 0.5, 100_000))
     assert isinstance(plan.weights, sparse.csr_array)
     assert plan.load < 2
-    assert took < 3.0  # 0.4 s on an idle core
     assert plan.partition_probabilities(17).sum() == pytest.approx(1.0)
 
 
@@ -293,18 +282,6 @@ def test_a_rate_of_zero_gives_coefficient_zero() -> None:
     assert plan.coefficients(np.ones(3, bool), rates=np.array([0.9, 0.0, 0.7]))[1] == 0.0
 
 
-def test_coefficients_are_cheap() -> None:
-    plan = make_plan(REFERENCE[:8], decoder="hajek")
-    arrived, rates = np.ones(8, dtype=bool), np.full(8, 0.8)
-    best = np.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(200):
-            plan.coefficients(arrived, rates=rates)
-        best = min(best, (time.perf_counter() - start) / 200)
-    assert best < 100e-6  # 8 to 15 us on an idle core
-
-
 # ----------------------------------------------------------------------------------------- identity
 def variants() -> list[Plan]:
     return [
@@ -340,7 +317,7 @@ def test_plans_that_differ_have_different_digests() -> None:
     plan = make_plan(REFERENCE)
     others = [
         dataclasses.replace(plan, decoder="hajek"),
-        dataclasses.replace(plan, block_size=256),
+        dataclasses.replace(plan, norm="l2"),
         make_plan([*REFERENCE[:-1], 0.51]),
     ]
     assert len({plan.digest(), *(other.digest() for other in others)}) == 4
@@ -361,7 +338,7 @@ def test_arrays_of_a_plan_cannot_be_changed() -> None:
 
 def test_repr_is_a_table_of_workers() -> None:
     lines = repr(make_plan([0.1, 0.4], second_track="ridge")).splitlines()
-    assert lines[0].startswith("Plan(2 workers, 2 partitions, 8 of 8 bits per coordinate, max norm over 512")
+    assert lines[0].startswith("Plan(2 workers, 2 partitions, 8 of 8 bits per coordinate, max norm, unbiased")
     assert "second track ridge" in lines[0]
     assert len(lines) == 4
     assert "and 84 more" in repr(make_plan(np.full(100, 0.1)))
@@ -389,19 +366,23 @@ def test_repr_is_a_table_of_workers() -> None:
         ([0.1, 0.2], {"variance": np.zeros((2, 5))}, r"\[2, 17\]"),
         ([0.1, 0.2], {"variance": np.full((2, 17), np.nan)}, "negative one or NaN"),
         ([0.1, 0.2], {"noise_ratio": -1.0}, "noise_ratio"),
-        ([0.1, 0.2], {"gamma": "fair"}, "gamma"),
+        ([0.1, 0.2], {"gamma": "balanced"}, "gamma"),
+        ([0.1, 0.2], {"gamma": np.inf}, "gamma"),
         ([0.1, 0.2], {"min_bits": 1}, "one bit is the sign"),
-        ([0.1, 0.2], {"max_bits": 40}, "max_bits"),
+        ([0.1, 0.2], {"max_bits": 24}, "the codec has no more than 16; to send plain fp32"),
         ([0.1, 0.2], {"allocator": "magic"}, "method"),
         ([0.1, 0.2], {"decoder": "best"}, "decoder"),
         ([0.1, 0.2], {"second_track": "unbiased"}, "second_track"),
         ([0.1, 0.2], {"second_track_alpha": 0.0}, "second_track_alpha"),
+        ([0.1, 0.2], {"second_track_alpha": np.inf}, "second_track_alpha"),
+        ([0.1, 0.2], {"second_track": "ridge", "second_track_alpha": 1e-20}, "shrinks gradients to"),
         ([0.1, 0.2], {"gradient_correlation": 1.5}, "gradient_correlation"),
         ([0.1, 0.2], {"max_share": 0.3}, "max_share"),
-        ([0.1, 0.2], {"max_share": 0.7, "tolerance": 0.1}, "tolerance"),
+        ([0.1, 0.2], {"max_share": 0.7, "tolerance": 0.1}, "expected 0 with max_share"),
+        ([0.1, 0.2], {"partition_sizes": [1, 2], "tolerance": 0.1}, "expected 0 with partition_sizes"),
         ([0.1, 0.2], {"placement": [[1, 0]]}, r"\[2, N\]"),
         ([0.1, 0.2], {"placement": [[1, 0, 0], [1, 0, 1]]}, "partition 1"),
-        ([0.1, 0.2], {"block_size": 0}, "block_size"),
+        ([0.1, 0.2], {"block_size": 256}, "expected an option out of"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_expected(p: Any, options: dict[str, Any], message: str) -> None:
@@ -413,7 +394,8 @@ def test_bad_input_is_refused_with_what_was_expected(p: Any, options: dict[str, 
     ("change", "message"),
     [
         ({"bits": np.array([4.0, 4.0])}, "integers"),
-        ({"bits": np.array([4, 40])}, r"\[0, 32\]"),
+        ({"bits": np.array([4, 24])}, "0 .. 16, or 32 for plain fp32, got 24 for worker 1"),
+        ({"bit_budget": 8.0}, "bit_budget"),
         ({"bit_budget": 7}, "at most 7"),
         ({"shares": np.array([0.6, 0.6])}, "sum 1"),
         ({"shares": np.array([0.4, 0.6])}, "row of worker"),
@@ -432,7 +414,7 @@ def test_an_inconsistent_plan_cannot_be_built(change: dict[str, Any], message: s
         dataclasses.replace(plan, **change)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"format":0}', '{"format":1}', b"\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"format":0}', '{"format":2}', b"\xff"])
 def test_text_that_is_no_plan_is_refused(text: str | bytes) -> None:
     with pytest.raises(PlanError, match="plan: expected JSON"):
         Plan.from_json(text)
@@ -468,10 +450,9 @@ def test_error_factors_of_perfect_workers_are_finite() -> None:
         {"weights": []},
         {"weights": {"columns": "2", "starts": [], "partitions": [], "values": []}},
         {"bit_budget": "many"},
-        {"block_size": None},
-        {"parts": 0},
-        {"parts": 2},
-        {"parts": 1.5},
+        {"bit_budget": float("inf")},
+        {"partition_sizes": [1.0, float("inf")], "decoder": "uncorrected"},
+        {"norm": None},
         {"decoder": ["unbiased"]},
         {"shares": 3},
         {"shares": [[0.5], [0.5]]},

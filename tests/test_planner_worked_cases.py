@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from torch_qgc import planner
-from torch_qgc.planner import delays
+from torch_qgc.planner import deadline, delays
 
 CASES: dict[str, Any] = {
     case["id"]: case for case in json.loads((Path(__file__).parent / "worked_cases.json").read_text())["cases"]
@@ -172,7 +172,7 @@ def test_censored_fit(case: dict[str, Any]) -> None:
 def test_deadline_minimises_time_to_accuracy(case: dict[str, Any]) -> None:
     given, expected, tol = case["inputs"], case["expected"], case["tol"]
     model = delays.ShiftedExponential(mu=np.array(given["mu"]), shift=np.array(given["shift"]))
-    choice = delays.choose_deadline(
+    choice = deadline.choose_deadline(
         model, given["q"], beta=given["beta"], overhead_s=given["t0"], search_s=tuple(given["T_range"])
     )
     assert choice.objective == pytest.approx(expected["J"], rel=tol)

@@ -170,6 +170,12 @@ def test_what_cannot_be_simulated_is_refused(options: dict[str, Any], message: s
         ({"a": make_plan(LATE), "b": make_plan([0.1] * 3)}, {}, "same number of workers"),
         ({"a": "best"}, {}, "a plan or 'ideal'"),
         (schemes.block_coordinate(LATE), {"batch_size": 2}, "BlockPlan"),
+        (schemes.ye_abbe(LATE), {"batch_size": 2}, "PartPlan"),
+        (
+            schemes.ye_abbe(LATE),
+            {"deadline_s": None, "rule": ClosingRule(deadline_s=1.0)},
+            "which no running job takes",
+        ),
         (
             schemes.error_feedback(schemes.is_sgd(LATE)),
             {"deadline_s": None, "rule": ClosingRule(deadline_s=1.0)},

@@ -62,13 +62,13 @@ def compare(plan: Plan, budget: dict[str, Any], options: PlanOptions) -> list[Ro
     Args:
         plan: from `make_plan`.
         budget: keywords bits_per_coordinate, bit_budget and num_partitions, as far as given.
-        options: of the plan; its norm, block size, variance and batch noise hold for all.
+        options: of the plan; its norm, variance and batch noise hold for all.
     """
     if plan.num_workers > _MOST_WORKERS:
         return [_row("qgc", plan, plan.variance)] if plan.decoder in FIXED else []
     rows = []
     eta = np.asarray(options.noise_ratio)
-    told = {"norm": options.norm, "block_size": options.block_size, "variance": options.variance, **budget}
+    told = {"norm": options.norm, "variance": options.variance, **budget}
     for name, (make, how) in _SCHEMES.items():
         try:
             other = make(plan.straggle_probs, **told, **how)

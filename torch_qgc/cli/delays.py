@@ -11,7 +11,8 @@ import numpy as np
 
 from torch_qgc.errors import ConfigError, PlanError
 from torch_qgc.planner.checks import Floats
-from torch_qgc.planner.delays import Empirical, choose_deadline
+from torch_qgc.planner.deadline import choose_deadline
+from torch_qgc.planner.delays import Empirical
 
 __all__ = ["read_delays", "straggle_probs_at", "straggle_probs_from"]
 

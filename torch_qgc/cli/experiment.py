@@ -14,10 +14,11 @@ import numpy as np
 from torch_qgc import schemes
 from torch_qgc.cli.delays import read_delays
 from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, per_worker
 from torch_qgc.planner.delays import DelayModel, Empirical, ShiftedExponential
 from torch_qgc.protocol.contract import ClosingRule
-from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
+from torch_qgc.schemes import Scheme
 from torch_qgc.simulator import IDEAL, Experiment
 from torch_qgc.simulator.experiment import SchemeLike
 from torch_qgc.simulator.tasks import TASKS, Task
@@ -174,7 +175,7 @@ def _scheme(name: str, options: dict[str, Any], late: Floats) -> SchemeLike:
         raise PlanError(f"schemes.{name}: {error}") from error
     if not feedback:
         return made
-    if isinstance(made, BlockPlan | ErrorFeedback):
+    if not isinstance(made, Plan):
         raise ConfigError(f"schemes.{name}: expected error_feedback around one plan, got {kind}, which has several")
     return schemes.error_feedback(made, acknowledged=feedback == "acknowledged")
 

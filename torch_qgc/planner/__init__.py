@@ -1,6 +1,6 @@
 """Decide who answers for which data, with how many bits, and how arrivals are weighed: docs/planner.md."""
 
-from torch_qgc.planner import delays, variance
+from torch_qgc.planner import deadline, delays, variance
 from torch_qgc.planner.bits import allocate_bits
 from torch_qgc.planner.make import PlanOptions, make_plan
 from torch_qgc.planner.placement import placed_weights
@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "PlanOptions",
     "allocate_bits",
+    "deadline",
     "delays",
     "load",
     "make_plan",

@@ -6,22 +6,18 @@ for w on the rows W_S of those who are in, the coefficient is w_k sum_n |w_kn|.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats
+from torch_qgc.planner.checks import Floats, Rule
+from torch_qgc.planner.fields import PlanFields
 from torch_qgc.planner.shares import dense_rows
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch_qgc.planner.plan import Plan
-    from torch_qgc.planner.rules import Rule
-
-__all__ = ["BASELINE_RULES", "dense_weights"]
+__all__ = ["BASELINE_RULES", "dense_weights", "solve"]
 
 # Rules that solve a system per round keep dense rows: larger jobs have no use for them.
 _DENSE_WORKERS = 4096
@@ -30,7 +26,7 @@ _DENSE_ENTRIES = 1 << 26
 _EXACT = 1e-7
 
 
-def dense_weights(plan: Plan, rule: str) -> Floats:
+def dense_weights(plan: PlanFields, rule: str) -> Floats:
     """Return weights [K, C] as an array for a rule that solves a system per round.
 
     Raises:
@@ -41,14 +37,14 @@ def dense_weights(plan: Plan, rule: str) -> Floats:
     return dense_rows(plan.weights, 0, plan.num_workers)
 
 
-def _homogeneous(plan: Plan) -> Rule:
+def _homogeneous(plan: PlanFields) -> Rule:
     """c_k = m_k / (1 - mean p): all workers are taken for equally reliable."""
     rate = 1.0 - float(plan.straggle_probs.mean())
     scaled = plan.shares / rate if rate > 0 else np.zeros_like(plan.shares)
     return lambda arrived, corrected: scaled * (arrived > 0)
 
 
-def _arrival_count(plan: Plan) -> Rule:
+def _arrival_count(plan: PlanFields) -> Rule:
     """c_k = m_k K / |S|, S the arrivals: what came stands for what did not."""
     scaled = plan.shares * plan.num_workers
 
@@ -58,17 +54,17 @@ def _arrival_count(plan: Plan) -> Rule:
     return rule
 
 
-def _one_per_group(plan: Plan) -> Rule:
+def _one_per_group(plan: PlanFields) -> Rule:
     """Take one arrival of every group of workers with the same data; lost groups count nothing (ErasureHead)."""
     return _first_of_groups(plan, "one_per_group", all_or_nothing=False)
 
 
-def _one_of_every_group(plan: Plan) -> Rule:
+def _one_of_every_group(plan: PlanFields) -> Rule:
     """The same, but the round decodes to zero if a group is lost (Tandon et al.'s fractional repetition)."""
     return _first_of_groups(plan, "one_of_every_group", all_or_nothing=True)
 
 
-def _first_of_groups(plan: Plan, name: str, *, all_or_nothing: bool) -> Rule:
+def _first_of_groups(plan: PlanFields, name: str, *, all_or_nothing: bool) -> Rule:
     rows = dense_weights(plan, name)
     _, group = np.unique(rows.round(12), axis=0, return_inverse=True)
     group = group.reshape(-1)
@@ -88,37 +84,46 @@ def _first_of_groups(plan: Plan, name: str, *, all_or_nothing: bool) -> Rule:
     return rule
 
 
-def _least_squares(plan: Plan) -> Rule:
+def _least_squares(plan: PlanFields) -> Rule:
     """w = argmin ||W_S^T w - s||, the shortest one if there are several (Glasgow and Wootters' decoding)."""
     return _solver(plan, "least_squares", must_be_exact=False)
 
 
-def _exact(plan: Plan) -> Rule:
+def _exact(plan: PlanFields) -> Rule:
     """w with W_S^T w = s, the shortest one; if there is none the round decodes to zero (Tandon et al.)."""
     return _solver(plan, "exact", must_be_exact=True)
 
 
-def _solver(plan: Plan, name: str, *, must_be_exact: bool) -> Rule:
+def _solver(plan: PlanFields, name: str, *, must_be_exact: bool) -> Rule:
     rows = dense_weights(plan, name)
+    target = plan.partition_fractions
+    return lambda arrived, corrected: solve(rows, target, arrived, must_be_exact=must_be_exact)
+
+
+def solve(rows: Floats, target: Floats, arrived: NDArray[Any], *, must_be_exact: bool) -> Floats:
+    """Return the coefficients that turn the payloads of those who are in into the target, as nearly as they can.
+
+    Args:
+        rows: [K, C] weights.
+        target: [C] sum of the columns' gradients that is wanted, or [m, C] several of them.
+        arrived: [K] bool or counts.
+        must_be_exact: all zeros if one of the targets is missed.
+    Returns:
+        [K] or [m, K], the coefficient of each contribution.
+    """
     mass = np.abs(rows).sum(axis=1)
-    target = plan.target.T  # [C, parts]
-    usable = mass > 0
-
-    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
-        coefficients = np.zeros((target.shape[1], len(rows)))
-        present = np.flatnonzero((arrived > 0) & usable)
-        if present.size:
-            system = rows[present].T
-            found = np.linalg.lstsq(system, target, rcond=1e-12)[0]
-            missed = float(np.abs(system @ found - target).max())
-            if not must_be_exact or missed <= _EXACT * float(target.max()):
-                coefficients[:, present] = found.T * mass[present] / np.asarray(arrived)[present]
-        return coefficients if plan.parts > 1 else coefficients[0]
-
-    return rule
+    coefficients = np.zeros((*target.shape[:-1], len(rows)))
+    present = np.flatnonzero((arrived > 0) & (mass > 0))
+    if present.size:
+        system = rows[present].T
+        found = np.linalg.lstsq(system, target.T, rcond=1e-12)[0]
+        missed = float(np.abs(system @ found - target.T).max())
+        if not must_be_exact or missed <= _EXACT * float(target.max()):
+            coefficients[..., present] = found.T * mass[present] / arrived[present]
+    return coefficients
 
 
-BASELINE_RULES: dict[str, Callable[[Plan], Rule]] = {
+BASELINE_RULES: dict[str, Callable[[PlanFields], Rule]] = {
     "homogeneous": _homogeneous,
     "arrival_count": _arrival_count,
     "one_per_group": _one_per_group,

@@ -1,7 +1,8 @@
-"""Array types of the planner, and the checks that every public function of it starts with."""
+"""Types of the planner, and the checks that every public function of it starts with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,11 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from torch_qgc.errors import PlanError
 
-__all__ = ["Floats", "Ints", "Mask", "per_worker", "probabilities"]
+__all__ = ["Floats", "Ints", "Mask", "Rule", "per_worker", "probabilities"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
+
+#: A decode rule: (arrived [K], corrected shares m_k / r_k [K]) -> [K] coefficient of each contribution of a worker.
+Rule: TypeAlias = Callable[[NDArray[Any], Floats], Floats]
 
 
 def probabilities(values: ArrayLike, name: str = "straggle_probs") -> Floats:

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import numpy as np
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import rules, shares
-from torch_qgc.planner.checks import Ints
-from torch_qgc.planner.variance import PASS_THROUGH_BITS
+from torch_qgc.planner.fields import PlanFields
 
-if TYPE_CHECKING:
-    from torch_qgc.planner.plan import Plan
-
-__all__ = ["check", "integer_bits"]
-
-_MOST_PARTS = 64
+__all__ = ["check"]
 
 
-def check(plan: Plan) -> None:
+def check(plan: PlanFields) -> None:
     """Check everything that fields promise about each other.
 
     Raises:
         PlanError: anything inconsistent.
     """
     _check_names(plan)
-    if plan.bit_budget is not None and plan.spent_bits > plan.bit_budget:
-        raise PlanError(f"bits: expected at most {plan.bit_budget} bits over all workers, got {plan.spent_bits:g}")
-    _check_parts(plan)
+    if plan.bit_budget is not None:
+        if not isinstance(plan.bit_budget, int):
+            raise PlanError(f"bit_budget: expected a whole number or None, got {plan.bit_budget!r}")
+        if plan.spent_bits > plan.bit_budget:
+            raise PlanError(f"bits: expected at most {plan.bit_budget} bits over all workers, got {plan.spent_bits:g}")
+    _ = plan.partition_fractions  # refuses sizes that are not positive and finite
     balanced = not rules.BALANCED.isdisjoint({plan.decoder, plan.second_track})
     if balanced:
         _check_shares(plan)
@@ -39,17 +37,7 @@ def check(plan: Plan) -> None:
         _check_columns(plan)
 
 
-def integer_bits(bits: Any, num_workers: int) -> Ints:
-    """Return a copy of `bits` as [K] int64 in [0, 32]."""
-    values = np.array(bits)
-    if values.shape != (num_workers,) or not np.issubdtype(values.dtype, np.integer):
-        raise PlanError(f"bits: expected [{num_workers}] integers, got shape {values.shape} of {values.dtype}")
-    if values.min() < 0 or values.max() > PASS_THROUGH_BITS:
-        raise PlanError(f"bits: expected values in [0, {PASS_THROUGH_BITS}], got {values.min()} .. {values.max()}")
-    return values.astype(np.int64)
-
-
-def _check_names(plan: Plan) -> None:
+def _check_names(plan: PlanFields) -> None:
     if plan.decoder not in rules.RULES:
         raise PlanError(f"decoder: expected one of {', '.join(rules.DECODERS)}, got {plan.decoder!r}")
     if plan.second_track is not None and plan.second_track not in rules.SECOND_TRACKS:
@@ -58,28 +46,13 @@ def _check_names(plan: Plan) -> None:
         )
     if plan.norm not in ("max", "l2"):
         raise PlanError(f"norm: expected 'max' or 'l2', got {plan.norm!r}")
-    if plan.block_size < 1:
-        raise PlanError(f"block_size: expected at least 1 coordinate, got {plan.block_size}")
-    if not plan.second_track_alpha > 0:
-        raise PlanError(f"second_track_alpha: expected a positive weight, got {plan.second_track_alpha}")
+    if not 0.0 < plan.second_track_alpha < math.inf:
+        raise PlanError(f"second_track_alpha: expected a finite weight > 0, got {plan.second_track_alpha}")
     if not 0.0 <= plan.gradient_correlation <= 1.0:
         raise PlanError(f"gradient_correlation: expected a number in [0, 1], got {plan.gradient_correlation}")
 
 
-def _check_parts(plan: Plan) -> None:
-    if not 1 <= plan.parts <= _MOST_PARTS or plan.weights.shape[1] % plan.parts:
-        raise PlanError(
-            f"parts: expected a number in [1, {_MOST_PARTS}] that divides the {plan.weights.shape[1]} columns of "
-            f"weights, got {plan.parts}"
-        )
-    if plan.parts > 1 and (plan.decoder not in ("exact", "least_squares") or plan.second_track is not None):
-        raise PlanError(
-            "decoder: expected 'exact' or 'least_squares' and no second track with several parts, got "
-            f"{plan.decoder!r} and {plan.second_track!r}"
-        )
-
-
-def _check_shares(plan: Plan) -> None:
+def _check_shares(plan: PlanFields) -> None:
     if abs(float(plan.shares.sum()) - 1.0) > 1e-9:
         raise PlanError(f"shares: expected sum 1, got {float(plan.shares.sum())!r}; divide them by their sum")
     mute = np.flatnonzero((plan.shares > 0) & ((plan.straggle_probs >= 1.0) | np.isinf(plan.variance)))
@@ -90,22 +63,22 @@ def _check_shares(plan: Plan) -> None:
         )
 
 
-def _check_rows(plan: Plan) -> None:
+def _check_rows(plan: PlanFields) -> None:
     """Check sum_n |w_kn| = N m_k."""
     if not np.all(np.isfinite(shares.stored_entries(plan.weights))):
         raise PlanError("weights: expected finite entries, got others")
-    columns = plan.weights.shape[1]
+    n = plan.num_partitions
     magnitudes: Any = abs(plan.weights)
-    gap = np.asarray(magnitudes.sum(axis=1)) - columns * plan.shares
+    gap = np.asarray(magnitudes.sum(axis=1)) - n * plan.shares
     worst = int(np.argmax(np.abs(gap)))
-    if abs(gap[worst]) > 1e-9 * columns:
+    if abs(gap[worst]) > 1e-9 * n:
         raise PlanError(
             f"weights: expected rows whose magnitudes sum to N m_k, got row of worker {worst} off by "
             f"{gap[worst]:.3g} (see torch_qgc.planner.segment_weights)"
         )
 
 
-def _check_columns(plan: Plan) -> None:
+def _check_columns(plan: PlanFields) -> None:
     """Check sum_k a_kn = s_n: else no coefficients make the gradient unbiased."""
     n = plan.num_partitions
     gap = np.asarray(plan.weights.sum(axis=0)) - n * plan.partition_fractions

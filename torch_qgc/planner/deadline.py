@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, per_worker
+from torch_qgc.planner.delays import DelayModel
 from torch_qgc.planner.shares import error_factors
-
-if TYPE_CHECKING:
-    from torch_qgc.planner.delays import DelayModel
 
 __all__ = ["DeadlineChoice", "choose_deadline", "expected_round_time"]
 

@@ -10,17 +10,12 @@ from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, per_worker, probabilities
-from torch_qgc.planner.deadline import DeadlineChoice, choose_deadline, expected_round_time
 
 __all__ = [
-    "DeadlineChoice",
     "DelayModel",
     "Empirical",
-    "Exponential",
     "ShiftedExponential",
     "StragglePosterior",
-    "choose_deadline",
-    "expected_round_time",
     "fit_shifted_exponential",
     "straggle_probability",
 ]
@@ -102,13 +97,6 @@ class ShiftedExponential:
     def breakpoints(self) -> Floats:
         """Return the least delays: there the tail begins to fall."""
         return np.unique(np.asarray(self.shift, dtype=np.float64) * np.asarray(self.load, dtype=np.float64))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Exponential(ShiftedExponential):
-    """Exponential delays of mean load / mu: workers limited by communication."""
-
-    shift: ArrayLike = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,7 +23,7 @@ from torch_qgc.planner.shares import (
     segment_weights,
     split_components,
 )
-from torch_qgc.planner.variance import PASS_THROUGH_BITS, Bound, Norm, quantization_variance
+from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Bound, Norm, quantization_variance
 
 __all__ = ["PlanOptions", "make_plan", "resolve_budget"]
 
@@ -35,15 +35,15 @@ class PlanOptions:
     """Everything about a plan that has a good default.
 
     How noisy a worker is:
-        block_size: coordinates that share one scale; more: fewer scales to send, more quantization noise.
         norm: "max" (less noise at the same bits) or "l2" (the paper's scale).
         variance: "typical" (what gradients usually show), "tight" (the worst case), "paper" (its bound), or a
             measured table [K, max_bits + 1] with q of worker k at b bits in column b.
         noise_ratio: scalar or [K], eta >= 0: variance of a worker's batch gradient over the squared norm of
             its mean; more: shares closer to (1 - p_k), fewer bits for the best.
-        gamma: factor on q, or "balanced": mean(p) / mean(q at equal bits), Song & Choi eq. (33).
+        gamma: factor on q, >= 0 (Song & Choi eq. (33)); more: shares and bits follow quantization noise rather than
+            straggle probabilities.
     Bits:
-        min_bits, max_bits: what a worker may get, in [2, 32].
+        min_bits, max_bits: what a worker may get, in [2, 16]; bits_per_coordinate=32 turns quantization off.
         allow_drop: may a worker get 0 bits and share 0, if the others use its bits better?
         allocator: see `allocate_bits`.
     Code:
@@ -54,13 +54,12 @@ class PlanOptions:
     Decoding: see `Plan`.
     """
 
-    block_size: int = 512
     norm: Norm = "max"
     variance: Bound | ArrayLike = "typical"
     noise_ratio: ArrayLike = 0.0
-    gamma: float | Literal["balanced"] = 1.0
+    gamma: float = 1.0
     min_bits: int = 2
-    max_bits: int = 16
+    max_bits: int = MOST_BITS
     allow_drop: bool = False
     allocator: Method = "exact"
     max_share: ArrayLike | None = None
@@ -73,16 +72,19 @@ class PlanOptions:
     gradient_correlation: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 2 <= self.min_bits <= self.max_bits <= PASS_THROUGH_BITS:
+        if not 2 <= self.min_bits <= self.max_bits <= MOST_BITS:
             raise PlanError(
-                f"min_bits, max_bits: expected 2 <= min_bits <= max_bits <= {PASS_THROUGH_BITS}, got "
-                f"{self.min_bits} and {self.max_bits}: one bit is the sign, so a magnitude needs at least two"
+                f"min_bits, max_bits: expected 2 <= min_bits <= max_bits <= {MOST_BITS}, got {self.min_bits} and "
+                f"{self.max_bits}: one bit is the sign, so a magnitude needs at least two, and the codec has no more "
+                f"than {MOST_BITS}; to send plain fp32 give bits_per_coordinate={PASS_THROUGH_BITS}"
             )
-        if self.gamma != "balanced" and not (isinstance(self.gamma, (int, float)) and self.gamma >= 0):
-            raise PlanError(f"gamma: expected a number >= 0 or 'balanced', got {self.gamma!r}")
-        if self.tolerance and (self.placement is not None or self.max_share is not None):
+        if not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma < math.inf):
+            raise PlanError(f"gamma: expected a finite number >= 0, got {self.gamma!r}")
+        fixed = [name for name in ("placement", "max_share", "partition_sizes") if getattr(self, name) is not None]
+        if self.tolerance and fixed:
             raise PlanError(
-                "tolerance: expected 0 with placement or max_share, whose loads are given; drop one of them"
+                f"tolerance: expected 0 with {', '.join(fixed)}, got {self.tolerance}: it moves borders "
+                "between equal partitions to where shares would like them; drop one of them"
             )
 
 
@@ -118,7 +120,7 @@ def make_plan(
     p = probabilities(straggle_probs)
     n = _count_partitions(len(p), num_partitions, o)
     budget, quantized = resolve_budget(len(p), bits_per_coordinate, bit_budget)
-    variance = _variance_table(p, budget, o)
+    variance = _variance_table(len(p), o)
     if quantized:
         bits, shares, weights = _bits_and_code(p, variance, budget, n, o)
         chosen = variance[np.arange(len(p)), bits]
@@ -134,7 +136,6 @@ def make_plan(
         variance=chosen,
         bit_budget=budget,
         partition_sizes=None if o.partition_sizes is None else np.asarray(o.partition_sizes, dtype=np.float64),
-        block_size=o.block_size,
         norm=o.norm,
         decoder=o.decoder,
         second_track=o.second_track,
@@ -181,33 +182,27 @@ def resolve_budget(num_workers: int, bits_per_coordinate: float | None, bit_budg
     return math.floor(num_workers * mean + 1e-9), mean < PASS_THROUGH_BITS
 
 
-def _variance_table(p: Floats, budget: int, o: PlanOptions) -> Floats:
+def _variance_table(num_workers: int, o: PlanOptions) -> Floats:
     """Return v of worker k at b bits, [K, max_bits + 1]; inf where b is not allowed."""
     columns = np.arange(o.max_bits + 1)
     if isinstance(o.variance, str):
         bound = cast("Bound", o.variance)  # any other name is refused there
-        q = np.tile(quantization_variance(columns, o.block_size, norm=o.norm, bound=bound), (len(p), 1))
+        q = np.tile(quantization_variance(columns, norm=o.norm, bound=bound), (num_workers, 1))
     else:
         q = np.array(o.variance, dtype=np.float64)
-        if q.shape != (len(p), o.max_bits + 1):
+        if q.shape != (num_workers, o.max_bits + 1):
             raise PlanError(
                 f"variance: expected 'typical', 'tight', 'paper' or a table of shape [K, max_bits + 1] = "
-                f"[{len(p)}, {o.max_bits + 1}], got shape {q.shape}"
+                f"[{num_workers}, {o.max_bits + 1}], got shape {q.shape}"
             )
         if not np.all(q[:, o.min_bits :] >= 0):
             raise PlanError(
                 "variance: expected a table of values >= 0 from column min_bits on, got a negative one or NaN"
             )
-    eta = per_worker(o.noise_ratio, len(p), "noise_ratio")[:, None]
-    if o.gamma == "balanced":
-        equal = min(max(budget // len(p), o.min_bits), o.max_bits)
-        mean_q = float(q[:, equal].mean())
-        gamma = float(p.mean()) / mean_q if mean_q > 0 else 1.0
-    else:
-        gamma = float(o.gamma)
+    eta = per_worker(o.noise_ratio, num_workers, "noise_ratio")[:, None]
     q[:, : o.min_bits] = np.inf
     with np.errstate(invalid="ignore"):
-        v = np.where(np.isinf(q), np.inf, gamma * q * (1.0 + eta) + eta)
+        v = np.where(np.isinf(q), np.inf, o.gamma * q * (1.0 + eta) + eta)
     return np.asarray(v)
 
 
@@ -215,21 +210,17 @@ def _variance_table(p: Floats, budget: int, o: PlanOptions) -> Floats:
 def _code(p: Floats, variance: Floats, n: int, o: PlanOptions) -> tuple[Floats, Weights]:
     """Return the best shares [K] and weights [K, N] for given variances."""
     if o.placement is not None:
-        placed = placed_weights(p, variance, o.placement, partition_sizes=o.partition_sizes, max_share=o.max_share)
-        return placed.sum(axis=1) / n, placed
-    shares = optimal_shares(p, variance, max_share=o.max_share)
-    if not o.tolerance:
-        return shares, segment_weights(shares, n, partition_sizes=o.partition_sizes)
-    if o.partition_sizes is not None:
-        raise PlanError("tolerance: expected partitions of equal size, got partition_sizes; drop one of them")
-    groups = split_components(shares, n, tolerance=o.tolerance)
-    for workers, count in groups:
-        shares[workers] *= count / n / shares[workers].sum()
-    # Groups side by side: their borders are whole numbers of partitions, so no partition is cut there.
-    order = np.concatenate([workers for workers, _ in groups])
-    order = np.concatenate([order, np.setdiff1d(np.arange(len(p)), order)])
-    weights = segment_weights(shares[order], n)
-    return shares, weights[np.argsort(order)]
+        weights: Weights = placed_weights(
+            p, variance, o.placement, partition_sizes=o.partition_sizes, max_share=o.max_share
+        )
+    else:
+        shares = optimal_shares(p, variance, max_share=o.max_share)
+        if o.tolerance:
+            for workers, count in split_components(shares, n, tolerance=o.tolerance):
+                shares[workers] *= count / n / shares[workers].sum()
+        weights = segment_weights(shares, n, partition_sizes=o.partition_sizes)
+    # As laid out: a share below rounding has no data, and then it must be 0.
+    return np.asarray(weights.sum(axis=1)) / n, weights
 
 
 def _bits_and_code(p: Floats, variance: Floats, budget: int, n: int, o: PlanOptions) -> tuple[Ints, Floats, Weights]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner import consistency, serial
-from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
-from torch_qgc.planner.rules import BALANCED, RULES, Rule, corrected_shares
-from torch_qgc.planner.shares import Weights, dense_rows, error_factors, frozen_weights, load, partition_fractions
-from torch_qgc.planner.variance import Norm, quantization_variance
+from torch_qgc.planner import consistency, rules, serial, trainable
+from torch_qgc.planner.checks import Floats, Rule
+from torch_qgc.planner.fields import PlanFields
+from torch_qgc.planner.shares import dense_rows, load
 
 __all__ = ["Plan"]
 
@@ -23,7 +22,7 @@ _ROWS_SHOWN = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Plan:
+class Plan(PlanFields):
     """Who answers for which data, with how many bits, and how arrivals are weighed.
 
     Worker k draws its samples from partition n with probability weights[k, n] / weights[k].sum(), sends the
@@ -38,61 +37,26 @@ class Plan:
 
     Args:
         straggle_probs: [K] float64 in [0, 1], chance that worker k misses a round.
-        bits: [K] int64 in [0, 32] bits per coordinate; 32: sent unquantized; 0: sends nothing.
+        bits: [K] int64 bits per coordinate: 2 .. 16; 32: sent unquantized; 1: stochastic signs; 0: sends nothing.
         shares: [K] float64 >= 0, sum 1: fraction of the data that worker k answers for.
         weights: [K, N] float64 >= 0, array or scipy.sparse.csr_array; rows sum to N m_k, columns to N s_n.
         variance: [K] relative variance of what worker k sends about its mean gradient; empty: what is typical
             of its bits.
         partition_sizes: [N] > 0 in any unit; None: equal.
         bit_budget: bits per coordinate over all workers that `bits` must keep to, or None.
-        block_size: coordinates that share one scale.
-        norm: "max" or "l2", what that scale is.
+        norm: "max" or "l2", what the scale is that 512 coordinates share.
         decoder: "unbiased", "hajek", "ridge" or "uncorrected": see docs/planner.md; or a rule of the codes in
             torch_qgc.schemes. These may come with weights of any sign and balance, for which rows of |weights|
             sum to N m_k and h_k = sum_n weights[k, n] gbar_n / (N m_k).
         second_track: None, "ridge", "hajek" or "lmmse": how the gradient is decoded that Adam squares.
         second_track_alpha: weight of squared bias against variance in "ridge"; more: closer to unbiased.
         gradient_correlation: in [0, 1], what "lmmse" assumes between the gradients of two partitions.
-        parts: into how many equal pieces the gradient is cut; a payload has 1/parts of its coordinates and
-            may spend as many times the bits. Weights are then [K, parts N]: columns by part, then partition
-            (Ye & Abbe's codes; training takes 1).
     Raises:
         PlanError: anything inconsistent: the message says what was expected.
     """
 
-    straggle_probs: Floats
-    bits: Ints
-    shares: Floats
-    weights: Weights
-    variance: Floats = field(default_factory=lambda: np.empty(0))
-    partition_sizes: Floats | None = None
-    bit_budget: int | None = None
-    block_size: int = 512
-    norm: Norm = "max"
-    decoder: str = "unbiased"
-    second_track: str | None = None
-    second_track_alpha: float = 1.0
-    gradient_correlation: float = 0.5
-    parts: int = 1
-
     def __post_init__(self) -> None:
-        p = probabilities(self.straggle_probs)
-        bits = consistency.integer_bits(self.bits, len(p))
-        typical = np.size(self.variance) == 0
-        arrays: dict[str, NDArray[Any]] = {
-            "straggle_probs": p,
-            "bits": bits,
-            "shares": per_worker(self.shares, len(p), "shares"),
-            "variance": quantization_variance(bits, self.block_size, norm=self.norm)
-            if typical
-            else per_worker(self.variance, len(p), "variance"),
-        }
-        object.__setattr__(self, "weights", frozen_weights(self.weights, len(p)))
-        if self.partition_sizes is not None:
-            arrays["partition_sizes"] = np.array(self.partition_sizes, dtype=np.float64)
-        for name, values in arrays.items():
-            values.setflags(write=False)
-            object.__setattr__(self, name, values)
+        super().__post_init__()
         consistency.check(self)
         # Rules that cannot be built for this plan must fail here, not in the first round.
         _ = self._first, self._second
@@ -106,94 +70,83 @@ class Plan:
                 worker contributes twice.
             rates: [K] expected contributions per round r_k; None: 1 - p_k.
         Returns:
-            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0; with several
-            parts [parts, K], one row for each of them.
+            [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0.
         Raises:
             PlanError: wrong shape.
         """
-        return self._decode(self._first, arrived, rates)
+        return self._first(*self._round(arrived, rates))
 
     def second_coefficients(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> Floats | None:
         """Return the second track's coefficients, as `coefficients` does; None without a second track."""
-        return None if self._second is None else self._decode(self._second, arrived, rates)
+        return None if self._second is None else self._second(*self._round(arrived, rates))
 
-    def _decode(self, rule: Rule, arrived: NDArray[Any], rates: NDArray[Any] | None) -> Floats:
+    def second_scale(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> float:
+        """Return the number that `coefficients` of a round are multiplied by to give `second_coefficients`.
+
+        So a trained second track is the first times one number, 1 without a second track or if nothing arrived.
+
+        Args:
+            arrived, rates: as in `coefficients`.
+        Raises:
+            PlanError: wrong shape, or tracks that are no multiples of each other: "lmmse", or a second track beside
+                another decoder than "unbiased", "hajek" or "ridge".
+        """
+        return self._second_scale(*self._round(arrived, rates))
+
+    def check_trainable(self) -> None:
+        """Check that a job can train with this plan; all that `make_plan` returns, but for second tracks as below.
+
+        Raises:
+            PlanError: a code that is for comparisons (stochastic signs, gradients that are subtracted), numbers
+                that are not finite, or a second track that is not a multiple of the first: see `second_scale`.
+        """
+        trainable.check(self)
+
+    def _round(self, arrived: NDArray[Any], rates: NDArray[Any] | None) -> tuple[NDArray[Any], Floats]:
+        """Return who arrived, and the shares m_k / r_k: what rules are told of a round."""
         arrived = np.asarray(arrived)
         if arrived.shape != self.shares.shape:
             raise PlanError(f"arrived: expected shape [{self.num_workers}], got {arrived.shape}")
         if rates is None:
-            return rule(arrived, self._corrected)
+            return arrived, self._corrected
         rates = np.asarray(rates)
         if rates.shape != self.shares.shape:
             raise PlanError(f"rates: expected shape [{self.num_workers}], got {rates.shape}")
-        return rule(arrived, corrected_shares(self.shares, rates))
+        return arrived, rules.corrected_shares(self.shares, rates)
 
     @cached_property
     def _first(self) -> Rule:
-        return RULES[self.decoder](self)
+        return rules.RULES[self.decoder](self)
 
     @cached_property
     def _second(self) -> Rule | None:
-        return None if self.second_track is None else RULES[self.second_track](self)
+        return None if self.second_track is None else rules.RULES[self.second_track](self)
+
+    @cached_property
+    def _second_scale(self) -> rules.Scale:
+        return rules.second_scale(self)
 
     @cached_property
     def _corrected(self) -> Floats:
-        return corrected_shares(self.shares, 1.0 - self.straggle_probs)
+        return rules.corrected_shares(self.shares, 1.0 - self.straggle_probs)
 
     # ------------------------------------------------------------------------------------ properties
-    @property
-    def num_workers(self) -> int:
-        """K."""
-        return len(self.shares)
-
-    @property
-    def num_partitions(self) -> int:
-        """N."""
-        return int(self.weights.shape[1]) // self.parts
-
-    @cached_property
-    def partition_fractions(self) -> Floats:
-        """[N] fractions s_n of the data, sum 1."""
-        return partition_fractions(self.num_partitions, self.partition_sizes)
-
-    @cached_property
-    def target(self) -> Floats:
-        """[parts, parts N] what every part of the gradient is made of: s_n of its own columns."""
-        return np.asarray(np.kron(np.eye(self.parts), self.partition_fractions), dtype=np.float64)
-
     @cached_property
     def load(self) -> float:
         """Mean number of workers that hold a partition."""
         return load(self.weights)
 
-    @property
-    def spent_bits(self) -> float:
-        """Bits per coordinate of the gradient, summed over workers."""
-        return float(self.bits.sum()) / self.parts
-
-    @cached_property
-    def residual_bound(self) -> float:
-        """Bound on E||ghat - g||^2 with unbiased decoding, in units of the largest ||gbar_n||^2.
-
-        sum_k delta_k m_k^2, delta_k = (p_k + v_k) / (1 - p_k): Song & Choi Lemma 1, and 1/S at their optimum.
-        It is attained when all partitions have the same gradient.
-        """
-        used = self.shares > 0
-        factors = error_factors(self.straggle_probs[used], self.variance[used])
-        return float(np.sum(factors * self.shares[used] ** 2))
-
     def partition_probabilities(self, worker: int) -> Floats:
         """Return [N] probabilities that a worker draws a sample from each partition; zeros at share 0.
 
         Raises:
-            PlanError: the code subtracts gradients or cuts them, which sampling cannot do.
+            PlanError: the code subtracts gradients, which sampling cannot do.
         """
         row: Floats = dense_rows(self.weights, worker, worker + 1)[0]
-        if self.parts > 1 or np.any(row < 0):
+        if np.any(row < 0):
             raise PlanError(
-                f"weights: expected entries >= 0 in one part to draw samples by, got {self.parts} parts with "
-                f"least entry {row.min():.3g} for worker {worker}: this code is for comparisons, train with "
-                "one of make_plan"
+                f"weights: expected entries >= 0 to draw samples by, got {row.min():.3g} for worker {worker}: this "
+                "code is for comparisons, train with one of make_plan"
             )
         total = float(row.sum())
         return row / total if total > 0 else row
@@ -210,7 +163,7 @@ class Plan:
         Raises:
             PlanError: not JSON, not a plan, another format, or a plan that does not hold together.
         """
-        return serial.from_json(text)
+        return serial.from_json(text, cls)
 
     def digest(self) -> str:
         """Return a hex fingerprint of the plan: equal on two ends if and only if their plans are equal."""
@@ -231,14 +184,14 @@ class Plan:
 
     def __repr__(self) -> str:
         budget = "" if self.bit_budget is None else f" of {self.bit_budget}"
-        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in BALANCED else ""
+        bound = f", residual <= {self.residual_bound:.4g}" if self.decoder in rules.BALANCED else ""
         second = "" if self.second_track is None else f", second track {self.second_track}"
         lines = [
             f"Plan({self.num_workers} workers, {self.num_partitions} partitions, {self.spent_bits:g}{budget} bits per "
-            f"coordinate, {self.norm} norm over {self.block_size}, {self.decoder}{second}, "
+            f"coordinate, {self.norm} norm, {self.decoder}{second}, "
             f"load {self.load:.3g}{bound})"
         ]
-        everybody = np.atleast_2d(self.coefficients(np.ones(self.num_workers, dtype=bool)))[0]
+        everybody = self.coefficients(np.ones(self.num_workers, dtype=bool))
         lines.append(f"{'worker':>8} {'late':>7} {'bits':>5} {'share':>8} {'coefficient':>12}")
         for k in range(min(self.num_workers, _ROWS_SHOWN)):
             lines.append(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.baseline_rules import BASELINE_RULES, dense_weights
-from torch_qgc.planner.checks import Floats, per_worker, probabilities
-
-if TYPE_CHECKING:
-    from torch_qgc.planner.plan import Plan
+from torch_qgc.planner.checks import Floats, Rule, per_worker, probabilities
+from torch_qgc.planner.fields import PlanFields
 
 __all__ = [
     "BALANCED",
@@ -21,15 +19,19 @@ __all__ = [
     "FIXED",
     "RULES",
     "SECOND_TRACKS",
-    "Rule",
+    "Scale",
     "corrected_shares",
     "second_moment_decoder",
+    "second_scale",
 ]
 
-#: (arrived [K], corrected shares m_k / r_k [K]) -> [K] coefficient of each contribution of a worker.
-Rule: TypeAlias = Callable[[NDArray[Any], Floats], Floats]
+#: (arrived [K], corrected shares m_k / r_k [K]) -> what the shares of all arrivals are multiplied by.
+Scale: TypeAlias = Callable[[NDArray[Any], Floats], float]
 
 Gram = Literal["mixed", "aligned", "orthogonal"]
+
+# Adam squares a gradient times this number in fp32: below it little would be left.
+_LEAST_SHRINK = 1e-12
 
 
 def corrected_shares(shares: Floats, rates: NDArray[Any]) -> Floats:
@@ -38,39 +40,83 @@ def corrected_shares(shares: Floats, rates: NDArray[Any]) -> Floats:
     return corrected
 
 
-def _unbiased(plan: Plan) -> Rule:
-    """c_k = m_k / r_k: the decoded gradient is the true one on average."""
-    return lambda arrived, corrected: corrected * (arrived > 0)
+# ------------------------------------------------------- rules that multiply corrected shares by one number
+def _unbiased(plan: PlanFields) -> Scale:
+    """1, so that c_k = m_k / r_k: the decoded gradient is the true one on average."""
+    return lambda arrived, corrected: 1.0
 
 
-def _uncorrected(plan: Plan) -> Rule:
-    """c_k = m_k: what is missing is missing (the stragglers are ignored)."""
-    shares = plan.shares
-    return lambda arrived, corrected: shares * (arrived > 0)
+def _hajek(plan: PlanFields) -> Scale:
+    """1 / sum of m_k / r_k over all arrivals: weights always sum to one, at the price of a small bias."""
 
-
-def _hajek(plan: Plan) -> Rule:
-    """c_k / sum of the c of all arrivals: weights always sum to one, at the price of a small bias."""
-
-    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
-        present = corrected * (arrived > 0)
+    def scale(arrived: NDArray[Any], corrected: Floats) -> float:
         total = float(corrected @ arrived)
-        return present / total if total > 0.0 else present
+        return 1.0 / total if total > 0.0 else 1.0
 
-    return rule
+    return scale
 
 
-def _ridge(plan: Plan) -> Rule:
-    """Shrink c_k by alpha / (alpha + R), R the residual of the unbiased decoder.
+def _ridge(plan: PlanFields) -> Scale:
+    """alpha / (alpha + R), R the residual of the unbiased decoder.
 
     The least alpha bias^2 + variance over all decoders when partitions' gradients are equal: Song & Choi eq.
     (36) for an optimally structured code, where R = 1/S and the least is a uniform shrink.
     """
     shrink = plan.second_track_alpha / (plan.second_track_alpha + plan.residual_bound)
-    return lambda arrived, corrected: corrected * (arrived > 0) * shrink
+    if shrink < _LEAST_SHRINK:
+        raise PlanError(
+            f"second_track_alpha: expected at least {_LEAST_SHRINK:g} of the residual {plan.residual_bound:.3g}, got "
+            f"{plan.second_track_alpha:.3g}, which shrinks gradients to {shrink:.3g} of themselves; raise it, or take "
+            "'hajek'"
+        )
+    return lambda arrived, corrected: shrink
 
 
-def _lmmse(plan: Plan) -> Rule:
+def _scaled(scale_of: Callable[[PlanFields], Scale]) -> Callable[[PlanFields], Rule]:
+    """Return the rule c_k = scale m_k / r_k."""
+
+    def make(plan: PlanFields) -> Rule:
+        scale = scale_of(plan)
+        return lambda arrived, corrected: corrected * (arrived > 0) * scale(arrived, corrected)
+
+    return make
+
+
+_SCALES: dict[str, Callable[[PlanFields], Scale]] = {"unbiased": _unbiased, "hajek": _hajek, "ridge": _ridge}
+
+
+def second_scale(plan: PlanFields) -> Scale:
+    """Return by what the first track of a round is multiplied to give the second: both rules are such multiples.
+
+    It is 1 without a second track, and if nothing arrived that counts.
+
+    Raises:
+        PlanError: a rule that is not a multiple of the corrected shares.
+    """
+    if plan.second_track is None:
+        return lambda arrived, corrected: 1.0
+    if plan.decoder not in _SCALES or plan.second_track not in _SCALES:
+        raise PlanError(
+            f"second_track: expected None, or 'hajek' or 'ridge' beside decoder 'unbiased', 'hajek' or 'ridge', got "
+            f"{plan.second_track!r} beside {plan.decoder!r}: its second track is not the first times one number, which "
+            "only the planner and the simulator can take"
+        )
+    first, second = _SCALES[plan.decoder](plan), _SCALES[plan.second_track](plan)
+
+    def scale(arrived: NDArray[Any], corrected: Floats) -> float:
+        return second(arrived, corrected) / first(arrived, corrected) if float(corrected @ arrived) > 0.0 else 1.0
+
+    return scale
+
+
+# ----------------------------------------------------------------------------------------------- other rules
+def _uncorrected(plan: PlanFields) -> Rule:
+    """c_k = m_k: what is missing is missing (the stragglers are ignored)."""
+    shares = plan.shares
+    return lambda arrived, corrected: shares * (arrived > 0)
+
+
+def _lmmse(plan: PlanFields) -> Rule:
     """Solve for the weights with the least mean squared error given who arrived.
 
         w = (E Gamma E^T + diag(v_k e_k^T Gamma e_k / n_k))^-1 E Gamma s,   Gamma = (1 - rho) I + rho 1 1^T
@@ -102,10 +148,8 @@ def _lmmse(plan: Plan) -> Rule:
 
 
 #: Every decode rule by name. A new rule is one more entry; a rule outside BALANCED may come with any weights.
-RULES: dict[str, Callable[[Plan], Rule]] = {
-    "unbiased": _unbiased,
-    "hajek": _hajek,
-    "ridge": _ridge,
+RULES: dict[str, Callable[[PlanFields], Rule]] = {
+    **{name: _scaled(scale_of) for name, scale_of in _SCALES.items()},
     "uncorrected": _uncorrected,
     "lmmse": _lmmse,
     **BASELINE_RULES,

@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import sparse
 
 from torch_qgc.errors import PlanError
+from torch_qgc.planner.fields import PlanFields
 from torch_qgc.planner.shares import Weights, dense_if_small
-
-if TYPE_CHECKING:
-    from torch_qgc.planner.plan import Plan
 
 __all__ = ["from_json", "to_json"]
 
-_FORMAT = 1
+Built = TypeVar("Built", bound=PlanFields)
+
+_FORMAT = 2
 _MOST_COLUMNS = 1 << 24  # far beyond any job; a message must not make us allocate without bound
 
 
-def to_json(plan: Plan) -> str:
+def to_json(plan: PlanFields) -> str:
     """Return a plan as JSON with sorted keys and no blanks; weights as compressed rows, infinity as null."""
     fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     entries: Any = sparse.csr_array(fields.pop("weights"))
@@ -39,15 +40,15 @@ def to_json(plan: Plan) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def from_json(text: str | bytes) -> Plan:
-    """Return the plan that `to_json` wrote. It may come from the network: whatever is wrong is a PlanError.
+def from_json(text: str | bytes, build: Callable[..., Built]) -> Built:
+    """Build the plan that `to_json` wrote. It may come from the network: whatever is wrong is a PlanError.
 
+    Args:
+        build: the plan's type, called with its fields as keywords.
     Raises:
         PlanError: not JSON, not a plan, another format, or a plan that does not hold together.
     """
-    from torch_qgc.planner.plan import Plan
-
-    known = {field.name for field in dataclasses.fields(Plan)}
+    known = {field.name for field in dataclasses.fields(PlanFields)}
     try:
         values = json.loads(text)
         version = values.pop("format")
@@ -58,7 +59,7 @@ def from_json(text: str | bytes) -> Plan:
             )
         values["weights"] = _weights(len(values["shares"]), **values["weights"])
         values["variance"] = [math.inf if v is None else v for v in values["variance"]]
-        return Plan(**values)
+        return build(**values)
     except PlanError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats, Ints, Mask, per_worker, probabilities
+from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
 
 __all__ = [
     "Weights",
@@ -33,9 +33,6 @@ LEAST_PROBABILITY = 1e-9
 
 # Up to this many entries weights are a plain array, above it a scipy.sparse.csr_array.
 _DENSE_ENTRIES = 1 << 22
-
-# Subsets of at most this many workers are enumerated when looking for components.
-_ENUMERABLE_WORKERS = 16
 
 
 def error_factors(straggle_probs: Floats, variance: Floats) -> Floats:
@@ -208,12 +205,13 @@ def load(weights: Weights) -> float:
 
 
 def split_components(utility: ArrayLike, num_partitions: int, *, tolerance: float = 0.0) -> list[tuple[Ints, int]]:
-    """Split workers into groups that answer for whole numbers of partitions, each group for its own.
+    """Split workers, in their order, into groups that answer for whole numbers of partitions, each group for its own.
 
-    A group R with c partitions needs |R| + c - 1 entries, so with g groups the load is (K + N - g) / N: Song
-    & Choi eq. (34). A group may be off by `tolerance` partitions from its optimal mass; inside it shares stay
-    optimal, and the error becomes sum_i (c_i / N)^2 / sum_{k in R_i} U_k instead of 1 / sum_k U_k. With
-    tolerance 0 and probabilities as they come there is one group.
+    With shares proportional to utility, side by side along the data, a border between two workers that lies within
+    `tolerance` of one between partitions is moved there. A group R with c partitions needs |R| + c - 1 entries, so
+    with g groups the load is (K + N - g) / N: Song & Choi eq. (34). Inside groups shares stay optimal, and the error
+    becomes sum_i (c_i / N)^2 / sum_{k in R_i} U_k instead of 1 / sum_k U_k. With tolerance 0 and probabilities as they
+    come there is one group.
 
     Args:
         utility: [K] >= 0 with positive sum; U_k, or anything proportional (row sums, shares).
@@ -230,43 +228,12 @@ def split_components(utility: ArrayLike, num_partitions: int, *, tolerance: floa
         raise PlanError(f"utility: expected [K] values >= 0, not all zero, got {u!r}")
     if not tolerance >= 0:
         raise PlanError(f"tolerance: expected a number of partitions >= 0, got {tolerance}")
-    slack = max(tolerance, 1e-9)
-    groups: list[tuple[Ints, int]] = []
-    waiting = [(np.flatnonzero(u > 0).astype(np.int64), int(num_partitions))]
-    while waiting:
-        workers, count = waiting.pop()
-        mass = u[workers] * (count / u[workers].sum())
-        inside = _whole_subset(mass, slack)
-        if inside is None:
-            groups.append((workers, count))
-            continue
-        part = round(float(mass[inside].sum()))
-        waiting.append((workers[~inside], count - part))
-        waiting.append((workers[inside], part))
-    return sorted(groups, key=lambda group: int(group[0][0]))
-
-
-def _whole_subset(mass: Floats, slack: float) -> Mask | None:
-    """Return a smallest proper subset whose mass is within `slack` of a whole number in [1, c-1], or None."""
-    size, total = len(mass), round(float(mass.sum()))
-    if size == 1 or total == 1:
-        return None
-    if size <= _ENUMERABLE_WORKERS:
-        # Worker 0 outside: the complement of every subset with it is among the rest.
-        codes = np.arange(1, 1 << (size - 1), dtype=np.int64)
-        member = (codes[:, None] >> np.arange(size - 1) & 1).astype(bool)
-        member = np.concatenate([np.zeros((len(codes), 1), dtype=bool), member], axis=1)
-    else:
-        # Too many to enumerate: prefixes of the given order and of random ones (seeded: plans must repeat).
-        rng = np.random.default_rng(0)
-        orders = np.argsort(rng.random((128, size)), axis=1)
-        orders[0] = np.arange(size)
-        rank = np.argsort(orders, axis=1)
-        member = (rank[:, None, :] < np.arange(1, size)[None, :, None]).reshape(-1, size)
-    sums = member @ mass
-    whole = np.round(sums)
-    good = np.flatnonzero((np.abs(sums - whole) <= slack) & (whole >= 1) & (whole <= total - 1))
-    if not good.size:
-        return None
-    chosen: Mask = member[good[np.argmin(member[good].sum(axis=1))]]
-    return chosen
+    workers = np.flatnonzero(u > 0).astype(np.int64)
+    borders = np.cumsum(u[workers])[:-1] * (num_partitions / u.sum())
+    whole = np.round(borders).astype(np.int64)
+    off = np.abs(borders - whole)
+    near = np.flatnonzero((off <= max(tolerance, 1e-9)) & (whole >= 1) & (whole < num_partitions))
+    near = near[np.argsort(off[near], kind="stable")]
+    counts, first = np.unique(whole[near], return_index=True)  # of several workers near a border the nearest
+    groups = np.split(workers, near[first] + 1)
+    return list(zip(groups, np.diff(counts, prepend=0, append=num_partitions).tolist()))

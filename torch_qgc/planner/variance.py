@@ -16,6 +16,8 @@ from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats
 
 __all__ = [
+    "BLOCK",
+    "MOST_BITS",
     "PASS_THROUGH_BITS",
     "Bound",
     "NoiseRatio",
@@ -28,6 +30,12 @@ __all__ = [
 Norm = Literal["max", "l2"]
 Bound = Literal["typical", "tight", "paper"]
 
+#: Coordinates that share one scale in the codec.
+BLOCK = 512
+
+#: Most bits per coordinate that the codec quantizes to.
+MOST_BITS = 16
+
 #: Bits per coordinate at which a worker sends its float32 gradient as it is.
 PASS_THROUGH_BITS = 32
 
@@ -35,7 +43,9 @@ PASS_THROUGH_BITS = 32
 _KAPPA_MAX_512 = 1.77
 
 
-def quantization_variance(bits: ArrayLike, block_size: int, *, norm: Norm = "max", bound: Bound = "typical") -> Floats:
+def quantization_variance(
+    bits: ArrayLike, block_size: int = BLOCK, *, norm: Norm = "max", bound: Bound = "typical"
+) -> Floats:
     """Return the relative variance of stochastic rounding to L = 2^(bits-1) - 1 levels each side of zero.
 
     With D = block_size coordinates sharing one scale:
@@ -49,7 +59,7 @@ def quantization_variance(bits: ArrayLike, block_size: int, *, norm: Norm = "max
     Args:
         bits: integers in [0, 32], any shape. 32 means the gradient is sent unquantized: variance 0. Below 2
             bits nothing can be said: infinite variance.
-        block_size: D >= 1.
+        block_size: D >= 1; 512 in the codec.
         norm: what the scale of a block is: its largest magnitude ("max") or its Euclidean norm ("l2").
         bound: which of the above; "paper" is stated for the L2 scale and is used as it is for both.
     Returns:
@@ -78,7 +88,7 @@ def quantization_variance(bits: ArrayLike, block_size: int, *, norm: Norm = "max
     return np.where(b == PASS_THROUGH_BITS, 0.0, q)
 
 
-def sign_variance(block_size: int, *, norm: Norm = "max", bound: Bound = "typical") -> float:
+def sign_variance(block_size: int = BLOCK, *, norm: Norm = "max", bound: Bound = "typical") -> float:
     """Return the relative variance of one bit per coordinate: +s or -s, + with chance (1 + v_i / s) / 2.
 
         V = D s^2 - ||v||^2:   D - 1 for the L2 scale; for the max scale at most that, E[max z^2] - 1 for Gaussians
@@ -131,19 +141,19 @@ class RunningVariance:
 
     Args:
         num_workers: K.
-        block_size, norm: of the codec; they set the model for bits that were not measured.
+        norm: of the codec; it sets the model for bits that were not measured.
         memory: measurements over which the average forgets (more: steadier, slower to follow), >= 1.
     """
 
-    def __init__(self, num_workers: int, *, block_size: int = 512, norm: Norm = "max", memory: float = 100.0) -> None:
+    def __init__(self, num_workers: int, *, norm: Norm = "max", memory: float = 100.0) -> None:
         if not memory >= 1:
             raise PlanError(f"memory: expected at least 1 measurement, got {memory}")
         self._keep = 1.0 - 1.0 / memory
         self._lost = np.zeros((num_workers, PASS_THROUGH_BITS + 1))
         self._energy = np.zeros_like(self._lost)
         columns = np.arange(PASS_THROUGH_BITS + 1)
-        self._typical = quantization_variance(columns, block_size, norm=norm)
-        self._tight = quantization_variance(columns, block_size, norm=norm, bound="tight")
+        self._typical = quantization_variance(columns, norm=norm)
+        self._tight = quantization_variance(columns, norm=norm, bound="tight")
 
     def update(self, worker: int, bits: int, lost: float, energy: float) -> None:
         """Enter one encoding: `lost` is V, `energy` ||s||^2, over all blocks or the same subset of them.

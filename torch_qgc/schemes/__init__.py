@@ -6,12 +6,14 @@ from torch_qgc.schemes.error import RoundError, Scheme, residual, round_error
 from torch_qgc.schemes.exact import cyclic, cyclic_mds, fractional_repetition, ye_abbe
 from torch_qgc.schemes.feedback import ErrorFeedback, FeedbackMemory, error_feedback
 from torch_qgc.schemes.graphs import expander, optimal_decoding
+from torch_qgc.schemes.parts import PartPlan
 from torch_qgc.schemes.replication import bgc, erasurehead, is_sgd, one_bit_sgc, sgc
 
 __all__ = [
     "BlockPlan",
     "ErrorFeedback",
     "FeedbackMemory",
+    "PartPlan",
     "RoundError",
     "Scheme",
     "bgc",

@@ -41,7 +41,7 @@ class BlockPlan:
             raise PlanError(f"expected one plan per slice, got {len(self.plans)} for {len(self.fractions)} slices")
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1.0) > 1e-9:
             raise PlanError(f"fractions: expected positive numbers with sum 1, got {self.fractions}")
-        shapes = {(plan.num_workers, plan.num_partitions, plan.parts) for plan in self.plans}
+        shapes = {(plan.num_workers, plan.num_partitions) for plan in self.plans}
         if len(shapes) > 1 or any(np.any(plan.bits != self.bits) for plan in self.plans):
             raise PlanError(f"plans: expected the same workers, partitions and bits in all slices, got {shapes}")
 

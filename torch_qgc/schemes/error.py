@@ -15,10 +15,11 @@ from torch_qgc.planner.checks import Floats, Mask, per_worker
 from torch_qgc.planner.rules import FIXED
 from torch_qgc.schemes.blocks import BlockPlan
 from torch_qgc.schemes.feedback import ErrorFeedback
+from torch_qgc.schemes.parts import PartPlan
 
 __all__ = ["RoundError", "Scheme", "residual", "round_error"]
 
-Scheme: TypeAlias = Plan | BlockPlan | ErrorFeedback
+Scheme: TypeAlias = Plan | BlockPlan | PartPlan | ErrorFeedback
 Gram: TypeAlias = Literal["aligned", "orthogonal"] | ArrayLike
 
 _ENUMERABLE_WORKERS = 16
@@ -87,7 +88,7 @@ def round_error(
     v = inner.variance if variance is None else per_worker(variance, inner.num_workers, "variance")
     factor = _factor(inner, gram, gradients)
     sent = _scaled_rows(inner) @ factor
-    target = inner.target @ factor
+    target = np.atleast_2d(inner.target if isinstance(inner, PartPlan) else inner.partition_fractions) @ factor
     size = float(np.sum(_dense(target) ** 2))
     if not size > 0:
         raise PlanError("gram: expected a gradient that is not zero, got one that is: no relative error exists")
@@ -98,7 +99,7 @@ def round_error(
         sent = sparse.diags_array(mean) @ sent
     else:
         noise = np.multiply(v, energy, out=np.zeros_like(energy), where=inner.shares > 0)
-    if isinstance(masks, str) and inner.decoder in FIXED:
+    if isinstance(masks, str) and isinstance(inner, Plan) and inner.decoder in FIXED:
         return _fixed_error(inner, sent, target, noise, size)
     return _averaged_error(inner, _dense(sent), _dense(target), noise, size, _patterns(inner, masks, seed))
 
@@ -115,7 +116,12 @@ def _fixed_error(plan: Plan, sent: Any, target: Any, noise: Floats, size: float)
 
 
 def _averaged_error(
-    plan: Plan, sent: Floats, target: Floats, noise: Floats, size: float, patterns: tuple[Mask, Floats | None]
+    plan: Plan | PartPlan,
+    sent: Floats,
+    target: Floats,
+    noise: Floats,
+    size: float,
+    patterns: tuple[Mask, Floats | None],
 ) -> RoundError:
     """Average over arrival patterns; `patterns` are [M, K] and their probabilities, or None: equally likely."""
     arrived, chances = patterns
@@ -134,7 +140,9 @@ def _averaged_error(
     return RoundError(total / size, float(np.sum((mean - target) ** 2)) / size, doubt / size)
 
 
-def _patterns(plan: Plan, masks: Literal["exact"] | int | ArrayLike, seed: int) -> tuple[Mask, Floats | None]:
+def _patterns(
+    plan: Plan | PartPlan, masks: Literal["exact"] | int | ArrayLike, seed: int
+) -> tuple[Mask, Floats | None]:
     p = plan.straggle_probs
     if not isinstance(masks, str):
         if np.ndim(masks) == 0:
@@ -161,9 +169,9 @@ def _patterns(plan: Plan, masks: Literal["exact"] | int | ArrayLike, seed: int) 
 
 
 # --------------------------------------------------------------------------------------- inner products
-def _factor(plan: Plan, gram: Gram, gradients: ArrayLike | None) -> Any:
+def _factor(plan: Plan | PartPlan, gram: Gram, gradients: ArrayLike | None) -> Any:
     """Return F [parts N, r] with F F^T the inner products of what the columns of the weights stand for."""
-    n, parts = plan.num_partitions, plan.parts
+    n, parts = plan.num_partitions, len(plan.plans) if isinstance(plan, PartPlan) else 1
     if gradients is not None:
         given = np.asarray(gradients, dtype=np.float64)
         if given.ndim != 2 or len(given) != n:
@@ -190,7 +198,7 @@ def _root(gram: Floats) -> Floats:
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
-def _scaled_rows(plan: Plan) -> Any:
+def _scaled_rows(plan: Plan | PartPlan) -> Any:
     """Return rows w_kn / sum_n |w_kn|: what worker k's mean gradient is made of."""
     mass = plan.shares * plan.weights.shape[1]
     scale = np.divide(1.0, mass, out=np.zeros_like(mass), where=mass > 0)

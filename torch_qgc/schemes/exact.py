@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats
+from torch_qgc.schemes.parts import PartPlan
 from torch_qgc.schemes.replication import grouped, rule_named
-from torch_qgc.schemes.setting import Options, Setting, to_sum_n
+from torch_qgc.schemes.setting import Options, Setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,7 +98,7 @@ def cyclic_mds(straggle_probs: ArrayLike, *, stragglers: int = 1, **options: Unp
 
 def ye_abbe(
     straggle_probs: ArrayLike, *, replicas: int = 2, stragglers: int = 0, parts: int = 2, **options: Unpack[Options]
-) -> Plan:
+) -> PartPlan:
     """Cut the gradient into m parts and send one vector of the size of a part: replicas buy bits.
 
     Worker k evaluates at its point x_k, for each partition n that it holds and each part u, polynomials that vanish
@@ -125,8 +126,9 @@ def ye_abbe(
     orders = [rng.permutation(points) for _ in range(_ORDERS)]
     code = min((_polynomial_code(order, replicas, parts) for order in orders), key=_noise)
     by_partition = setting.spread(code.transpose(1, 0, 2).reshape(parts * k, k))
-    weights = by_partition.reshape(parts, k, -1).transpose(1, 0, 2).reshape(k, -1)
-    return setting.plan(to_sum_n(weights), "exact", parts=parts)
+    bits, _ = setting.equal_bits(parts)
+    plans = [setting.plan(weights, "exact", bits=bits) for weights in by_partition.reshape(parts, k, -1)]
+    return PartPlan(plans=tuple(plans))
 
 
 def _polynomial_code(points: Floats, replicas: int, parts: int) -> Floats:

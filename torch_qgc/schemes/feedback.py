@@ -62,15 +62,15 @@ def error_feedback(plan: Plan, *, contraction: bool = True, acknowledged: bool =
     of a slowly changing gradient's mean, but a round is not nearer to its own gradient.
 
     Args:
-        plan: any plan in one part.
+        plan: any plan whose workers send whole gradients.
         contraction: scale Q by 1 / (1 + q); without it memories grow without bound where q >= 1.
         acknowledged: a worker that was late keeps all of m. It then catches up for missed rounds by itself: use a
             decoder of weights m_k ("uncorrected"), not m_k / (1 - p_k).
     Raises:
-        PlanError: a plan in several parts.
+        PlanError: a plan for slices or parts of the gradient.
     """
-    if plan.parts != 1:
-        raise PlanError(f"plan: expected payloads of whole gradients, got {plan.parts} parts; wrap another scheme")
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan: expected a Plan, got {type(plan).__name__}; wrap a scheme that sends whole gradients")
     return ErrorFeedback(plan=plan, contraction=contraction, acknowledged=acknowledged)
 
 

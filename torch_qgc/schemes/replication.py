@@ -104,7 +104,7 @@ def one_bit_sgc(straggle_probs: ArrayLike, *, replicas: int = 2, **options: Unpa
     variance = None
     if isinstance(setting.variance, str):
         typical = setting.variance == "typical"
-        q = sign_variance(setting.block_size, norm=setting.norm, bound="typical" if typical else "tight")
+        q = sign_variance(norm=setting.norm, bound="typical" if typical else "tight")
         variance = np.full(setting.workers, q)
     return setting.plan(_random_replicas(setting, replicas), "homogeneous", bits=bits, variance=variance)
 

@@ -13,11 +13,9 @@ from torch_qgc.planner import Plan, quantization_variance
 from torch_qgc.planner.checks import Floats, Ints, probabilities
 from torch_qgc.planner.make import resolve_budget
 from torch_qgc.planner.shares import Weights
-from torch_qgc.planner.variance import PASS_THROUGH_BITS, Bound, Norm
+from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Bound, Norm
 
 __all__ = ["Options", "Setting", "to_sum_n"]
-
-_MOST_BITS = 16  # that the codec takes, short of sending floats
 
 
 class Options(TypedDict, total=False):
@@ -26,7 +24,6 @@ class Options(TypedDict, total=False):
     bits_per_coordinate: float
     bit_budget: int
     num_partitions: int
-    block_size: int
     norm: Norm
     variance: Bound | ArrayLike
     seed: int
@@ -41,7 +38,7 @@ class Setting:
         bits_per_coordinate: mean over workers, default 4; 32: unquantized. Or
         bit_budget: bits per coordinate summed over workers.
         num_partitions: N, default K.
-        block_size, norm, variance: as in `make_plan`; a table is [K, max_bits + 1].
+        norm, variance: as in `make_plan`; a table is [K, max_bits + 1].
         seed: of random codes.
     """
 
@@ -49,7 +46,6 @@ class Setting:
     bits_per_coordinate: float | None = None
     bit_budget: int | None = None
     num_partitions: int | None = None
-    block_size: int = 512
     norm: Norm = "max"
     variance: Bound | ArrayLike = "typical"
     seed: int = 0
@@ -79,7 +75,11 @@ class Setting:
         return np.random.default_rng(self.seed)
 
     def equal_bits(self, parts: int = 1) -> tuple[Ints, int]:
-        """Return equal bits [K], one more for the most reliable while the budget lasts, and the budget."""
+        """Return equal bits [K], one more for the most reliable while the budget lasts, and the budget.
+
+        Args:
+            parts: payloads have 1/parts of the gradient's coordinates and may spend as many times the bits on each.
+        """
         budget, quantized = resolve_budget(self.workers, self.bits_per_coordinate, self.bit_budget)
         if not quantized:
             return np.full(self.workers, PASS_THROUGH_BITS, dtype=np.int64), budget
@@ -91,13 +91,13 @@ class Setting:
             )
         bits = np.full(self.workers, each, dtype=np.int64)
         bits[np.argsort(self.late, kind="stable")[:extra]] += 1
-        return np.minimum(bits, _MOST_BITS), budget
+        return np.minimum(bits, MOST_BITS), budget
 
     def noise(self, bits: Ints) -> Floats:
         """Return the relative variance [K] of the quantizer at these bits."""
         if isinstance(self.variance, str):
             bound: Bound = self.variance  # type: ignore[assignment]  # any other name is refused there
-            return quantization_variance(bits, self.block_size, norm=self.norm, bound=bound)
+            return quantization_variance(bits, norm=self.norm, bound=bound)
         table = np.asarray(self.variance, dtype=np.float64)
         if table.ndim != 2 or len(table) != self.workers or table.shape[1] <= int(bits.max()):
             raise PlanError(
@@ -113,15 +113,14 @@ class Setting:
         *,
         bits: Ints | None = None,
         variance: Floats | None = None,
-        parts: int = 1,
     ) -> Plan:
         """Return the plan of a code: equal bits unless given, shares as the rows of `weights` say.
 
         Args:
-            weights: [K, parts N], of any sign and balance that the decode rule takes.
+            weights: [K, N], of any sign and balance that the decode rule takes.
         """
         magnitudes: Any = abs(weights)
-        equal, budget = self.equal_bits(parts) if bits is None else (bits, int(bits.sum()))
+        equal, budget = self.equal_bits() if bits is None else (bits, int(bits.sum()))
         return Plan(
             straggle_probs=self.late,
             bits=equal,
@@ -129,10 +128,8 @@ class Setting:
             weights=weights,
             variance=self.noise(equal) if variance is None else variance,
             bit_budget=budget,
-            block_size=self.block_size,
             norm=self.norm,
             decoder=decoder,
-            parts=parts,
         )
 
     def spread(self, code: Floats) -> Floats:

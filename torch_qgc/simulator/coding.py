@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
+from torch_qgc.errors import PlanError
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode, payload_bytes
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Mask
-from torch_qgc.schemes import BlockPlan, ErrorFeedback, FeedbackMemory, Scheme
+from torch_qgc.schemes import BlockPlan, ErrorFeedback, FeedbackMemory, PartPlan, Scheme
 from torch_qgc.simulator.arrivals import Contribution
 
 __all__ = ["Payload", "SchemeCodec", "plans_of"]
@@ -24,30 +25,60 @@ Payload: TypeAlias = list[Encoded]
 
 
 def plans_of(scheme: Scheme) -> tuple[Plan, ...]:
-    """Return the plans of a scheme, one per slice of the gradient."""
-    if isinstance(scheme, BlockPlan):
+    """Return the plans of a scheme, one per slice or part of the gradient."""
+    if isinstance(scheme, BlockPlan | PartPlan):
         return scheme.plans
     return (scheme.plan if isinstance(scheme, ErrorFeedback) else scheme,)
 
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """A slice of the gradient that one plan codes.
+    """A slice of the gradient that one code encodes.
 
     Attributes:
-        plan: its plan.
+        code: a plan for whole payloads, or for parts of the slice.
         start, stop: its coordinates in the gradient.
-        width: coordinates of a payload: all of them, or one of the plan's parts.
         offset: where its payload begins in what a worker mixes.
         by_column: [K, parts N] csc, what worker k's mean gradient is made of: w_kn / sum_n |w_kn|.
     """
 
-    plan: Plan
+    code: Plan | PartPlan
     start: int
     stop: int
-    width: int
     offset: int
     by_column: sparse.csc_array[Any]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the slice; of parts, which agree on workers, partitions, norm and bits, the first."""
+        return self.code.plans[0] if isinstance(self.code, PartPlan) else self.code
+
+    @property
+    def parts(self) -> int:
+        """How many parts it is cut into."""
+        return len(self.code.plans) if isinstance(self.code, PartPlan) else 1
+
+    @property
+    def width(self) -> int:
+        """Coordinates of a payload: all of the slice, or those of a part, the last of which may be padded."""
+        return -(-(self.stop - self.start) // self.parts)
+
+    def coefficients(self, counts: NDArray[Any], rates: Floats | None, tracks: int) -> list[Floats]:
+        """Return [parts, K] coefficients for each track, of one that the code does not have those of the first."""
+        if isinstance(self.code, PartPlan):
+            return [self.code.coefficients(counts)] * tracks
+        first = self.code.coefficients(counts, rates=rates)
+        second = self.code.second_coefficients(counts, rates=rates) if tracks == 2 else None
+        return [np.atleast_2d(c) for c in (first, first if second is None else second)[:tracks]]
+
+    def second_scale(self, counts: NDArray[Any], rates: Floats | None) -> float | None:
+        """Return by what the first track is multiplied to give the second, as in training; None if it has its own."""
+        if isinstance(self.code, PartPlan):
+            return 1.0
+        try:
+            return self.code.second_scale(counts, rates=rates)
+        except PlanError:
+            return None
 
     def column(self, index: int) -> tuple[list[int], list[float]]:
         """Return the workers that hold a column, and its part in what they send."""
@@ -81,7 +112,7 @@ class SchemeCodec:
     @property
     def active(self) -> Mask:
         """[K] workers that send anything."""
-        return np.asarray((self.bits > 0) & np.any([s.plan.shares > 0 for s in self.slices], axis=0))
+        return np.asarray((self.bits > 0) & np.any([s.code.shares > 0 for s in self.slices], axis=0))
 
     @property
     def remembers(self) -> bool:
@@ -120,7 +151,7 @@ class SchemeCodec:
             target: worker -> its h_k, fp32 [mixed_numel]; None: nobody needs it.
         """
         for s in self.slices:
-            for part in range(s.plan.parts):
+            for part in range(s.parts):
                 start = s.start + part * s.width
                 piece = gradient[start : min(start + s.width, s.stop)]
                 workers, factors = s.column(part * s.plan.num_partitions + partition)
@@ -184,19 +215,19 @@ class SchemeCodec:
         for j, s in enumerate(self.slices):
             present = [c for c in contributions if c.slices > j]
             counts = np.bincount([c.worker for c in present], minlength=len(self.bits))
-            sets = [np.atleast_2d(s.plan.coefficients(counts, rates=rates))]
-            if len(tracks) == 2:
-                second = s.plan.second_coefficients(counts, rates=rates)
-                sets.append(sets[0] if second is None else np.atleast_2d(second))
+            scale = s.second_scale(counts, rates) if len(tracks) == 2 else None
+            sets = s.coefficients(counts, rates, len(tracks) if scale is None else 1)
             sent = [(c.worker, payloads[c[:2]][j]) for c in present if c[:2] in payloads]
-            for part in range(s.plan.parts):
+            for part in range(s.parts):
                 start = s.start + part * s.width
                 self._decode_part(
                     [payload for _, payload in sent],
                     [[float(row[part, k]) * self._gain(k) for k, _ in sent] for row in sets],
                     s.width,
-                    [track[start : min(start + s.width, s.stop)] for track in tracks],
+                    [track[start : min(start + s.width, s.stop)] for track, _ in zip(tracks, sets)],
                 )
+            if scale is not None:
+                torch.mul(tracks[0][s.start : s.stop], scale, out=tracks[1][s.start : s.stop])
 
     def _decode_part(
         self, payloads: list[Encoded], coefficients: list[list[float]], width: int, outs: list[torch.Tensor]
@@ -221,16 +252,15 @@ class SchemeCodec:
 
 
 def _slices(scheme: Scheme, numel: int) -> list[_Slice]:
-    plans = plans_of(scheme)
+    codes: tuple[Plan | PartPlan, ...] = (scheme,) if isinstance(scheme, PartPlan) else plans_of(scheme)
     fractions = scheme.fractions if isinstance(scheme, BlockPlan) else (1.0,)
     cuts = [0, *np.round(np.cumsum(fractions)[:-1] * numel).astype(int).tolist(), numel]
     slices = []
     offset = 0
-    for plan, start, stop in zip(plans, cuts, cuts[1:]):
-        width = -(-(stop - start) // plan.parts)
-        mass = plan.shares * plan.weights.shape[1]  # sum_n |w_kn|
+    for code, start, stop in zip(codes, cuts, cuts[1:]):
+        mass = code.shares * code.weights.shape[1]  # sum_n |w_kn|
         scale = np.divide(1.0, mass, out=np.zeros_like(mass), where=mass > 0)
-        rows: Any = sparse.diags_array(scale) @ sparse.csr_array(plan.weights)
-        slices.append(_Slice(plan, start, stop, width, offset, sparse.csc_array(rows)))
-        offset += width
+        rows: Any = sparse.diags_array(scale) @ sparse.csr_array(code.weights)
+        slices.append(_Slice(code, start, stop, offset, sparse.csc_array(rows)))
+        offset += slices[-1].width
     return slices

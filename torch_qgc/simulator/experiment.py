@@ -18,7 +18,7 @@ from torch_qgc.planner import Plan, segment_weights
 from torch_qgc.planner.delays import DelayModel
 from torch_qgc.planner.variance import PASS_THROUGH_BITS
 from torch_qgc.protocol.contract import ClosingRule
-from torch_qgc.schemes import BlockPlan, ErrorFeedback, Scheme
+from torch_qgc.schemes import BlockPlan, ErrorFeedback, PartPlan, Scheme
 from torch_qgc.simulator.arrivals import DelaySource
 from torch_qgc.simulator.coding import plans_of
 from torch_qgc.simulator.descent import OptimizerLike
@@ -102,7 +102,7 @@ class Experiment:
         for name, scheme in self.schemes.items():
             if isinstance(scheme, str) and scheme != IDEAL:
                 raise ConfigError(f"scheme {name!r}: expected a plan or {IDEAL!r}, got {scheme!r}")
-            if self.rule is not None and isinstance(scheme, BlockPlan | ErrorFeedback):
+            if self.rule is not None and isinstance(scheme, BlockPlan | PartPlan | ErrorFeedback):
                 raise ConfigError(
                     f"scheme {name!r}: expected a Plan with `rule`, got {type(scheme).__name__}, which no running job "
                     "takes: give deadline_s instead"

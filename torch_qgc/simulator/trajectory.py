@@ -13,7 +13,7 @@ from torch_qgc.ddp.sampler import checked_partitions
 from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError, PlanError
 from torch_qgc.planner.checks import Floats
-from torch_qgc.schemes import BlockPlan
+from torch_qgc.schemes import BlockPlan, PartPlan
 from torch_qgc.simulator.arrivals import Arrivals, DelaySource, IndependentRounds, JobRounds, RoundOutcome
 from torch_qgc.simulator.coding import Payload, SchemeCodec, plans_of
 from torch_qgc.simulator.descent import Descent, make_optimizer
@@ -183,8 +183,11 @@ def _work(experiment: Experiment, codec: SchemeCodec, gradients: Gradients, seed
     size = experiment.batch_size
     if size is None or experiment.sampling == "partition":
         return PartitionWork(gradients, codec, blocks, plan.partition_fractions, batch_size=size, seed=seed)
-    if len(codec.slices) > 1:
-        raise ConfigError("batch_size: expected None or sampling='partition' with a BlockPlan, whose slices differ")
+    if isinstance(codec.scheme, BlockPlan | PartPlan):
+        raise ConfigError(
+            f"batch_size: expected None or sampling='partition' with a {type(codec.scheme).__name__}, whose workers do "
+            "not send whole gradients"
+        )
     try:
         return WorkerWork(gradients, plan, blocks, batch_size=size, seed=seed, exact_every=experiment.exact_every)
     except PlanError as error:
