@@ -98,8 +98,8 @@ def second_scale(plan: PlanFields) -> Scale:
     if plan.decoder not in _SCALES or plan.second_track not in _SCALES:
         raise PlanError(
             f"second_track: expected None, or 'hajek' or 'ridge' beside decoder 'unbiased', 'hajek' or 'ridge', got "
-            f"{plan.second_track!r} beside {plan.decoder!r}: its second track is not the first times one number, which "
-            "only the planner and the simulator can take"
+            f"{plan.second_track!r} beside {plan.decoder!r}: that is not the first track times one number, so it is "
+            "for the planner and the simulator only"
         )
     first, second = _SCALES[plan.decoder](plan), _SCALES[plan.second_track](plan)
 

@@ -221,11 +221,11 @@ def split_components(utility: ArrayLike, num_partitions: int, *, tolerance: floa
         (workers, partitions) of every group: [|R_i|] int64 worker indices, and how many partitions they
         share. Workers of utility 0 are in no group.
     Raises:
-        PlanError: utility negative, NaN or all zero, or tolerance negative.
+        PlanError: utility negative, not finite or all zero, or tolerance negative.
     """
     u = np.asarray(utility, dtype=np.float64)
-    if u.ndim != 1 or not np.all(u >= 0) or not u.sum() > 0:
-        raise PlanError(f"utility: expected [K] values >= 0, not all zero, got {u!r}")
+    if u.ndim != 1 or not np.all((u >= 0) & (u < np.inf)) or not u.sum() > 0:
+        raise PlanError(f"utility: expected [K] finite values >= 0, not all zero, got {u!r}")
     if not tolerance >= 0:
         raise PlanError(f"tolerance: expected a number of partitions >= 0, got {tolerance}")
     workers = np.flatnonzero(u > 0).astype(np.int64)
