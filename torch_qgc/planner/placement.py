@@ -71,6 +71,8 @@ def _decompose(utility: Floats, holds: Mask, sizes: Floats, caps: Floats | None)
     waiting: list[tuple[Ints, Ints]] = [(np.flatnonzero(utility > 0), np.arange(len(sizes)))]
     while waiting:
         workers, parts = waiting.pop()
+        if not parts.size:  # workers that hold nothing which the cut has left
+            continue
         supply = sizes[parts]
         target = water_fill(utility[workers], float(supply.sum()), None if caps is None else caps[workers])
         part, cut_workers, cut_parts = _max_flow(holds[np.ix_(workers, parts)], supply, target)
