@@ -117,7 +117,7 @@ def _max_flow(holds: Mask, supply: Floats, capacity: Floats) -> tuple[Floats, Ma
 
 
 def _segment_flow(holds: Mask, supply: Floats, capacity: Floats) -> tuple[Floats, Floats, Floats]:
-    """Fill workers in order, partition by partition: all there is to do where everybody holds everything."""
+    """Fill workers in order, partition by partition: a maximum flow if everybody holds everything."""
     flow, need, slack = np.zeros(holds.shape), supply.copy(), capacity.copy()
     for n in range(len(supply)):
         able = np.flatnonzero(holds[:, n] & (slack > 0))
