@@ -59,6 +59,7 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
     return p, {"min_bits": low, "max_bits": high, "num_partitions": n, **budget, **options}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @settings(max_examples=400, deadline=None)
 @given(requests())
 def test_every_plan_option_is_trainable_or_refused(request: tuple[np.ndarray, dict[str, Any]]) -> None:

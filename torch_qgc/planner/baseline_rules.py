@@ -1,4 +1,4 @@
-"""Decode rules of the codes that torch_qgc is compared with. They do not rest on balanced weights.
+"""Decode rules of the codes that torch_qgc is compared with. They take weights of any sign and balance.
 
 Worker k sends Q(h_k), h_k = sum_n w_kn gbar_n / sum_n |w_kn|; a rule returns the coefficient of Q(h_k). Solving
 for w on the rows W_S of those who are in, the coefficient is w_k sum_n |w_kn|.
@@ -19,7 +19,7 @@ from torch_qgc.planner.shares import dense_rows
 
 __all__ = ["BASELINE_RULES", "dense_weights", "solve"]
 
-# Rules that solve a system per round keep dense rows: larger jobs have no use for them.
+# Rules that solve a system per round need dense rows, and time cubic in the workers: they are for smaller jobs.
 _DENSE_WORKERS = 4096
 _DENSE_ENTRIES = 1 << 26
 # A sum of gradients counts as recovered if no partition is off by more than this fraction.
@@ -45,7 +45,7 @@ def _homogeneous(plan: PlanFields) -> Rule:
 
 
 def _arrival_count(plan: PlanFields) -> Rule:
-    """c_k = m_k K / |S|, S the arrivals: what came stands for what did not."""
+    """c_k = m_k K / |S|, S the arrivals: they are scaled up to K workers."""
     scaled = plan.shares * plan.num_workers
 
     def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
@@ -55,12 +55,12 @@ def _arrival_count(plan: PlanFields) -> Rule:
 
 
 def _one_per_group(plan: PlanFields) -> Rule:
-    """Take one arrival of every group of workers with the same data; lost groups count nothing (ErasureHead)."""
+    """Take one arrival of every group of workers with the same data; a group without one is left out (ErasureHead)."""
     return _first_of_groups(plan, "one_per_group", all_or_nothing=False)
 
 
 def _one_of_every_group(plan: PlanFields) -> Rule:
-    """The same, but the round decodes to zero if a group is lost (Tandon et al.'s fractional repetition)."""
+    """The same, but the round decodes to zero if a group has no arrival (Tandon et al.'s fractional repetition)."""
     return _first_of_groups(plan, "one_of_every_group", all_or_nothing=True)
 
 

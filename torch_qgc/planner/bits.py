@@ -74,8 +74,8 @@ def _check_table(table: Floats) -> None:
 def _gains(table: Floats, least: Ints) -> Floats:
     """Shift every row to its least allowed bits and take its running maximum: no -inf is left, no row falls.
 
-    A worker may leave unused what it cannot use, so this changes neither the optimum nor who can reach it,
-    and the budget can be taken as spent to the last bit.
+    Bits may be left unused, so a row's running maximum has the same optimum as the row, and the whole budget can
+    be taken as spent.
     """
     if least.any():
         columns = np.minimum(least[:, None] + np.arange(table.shape[1] - least.min()), table.shape[1] - 1)

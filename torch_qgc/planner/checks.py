@@ -33,7 +33,7 @@ def probabilities(values: ArrayLike, name: str = "straggle_probs") -> Floats:
     if bad.size:
         k = int(bad[0])
         raise PlanError(
-            f"{name}: expected probabilities in [0, 1), got {p[k]} for worker {k}; "
+            f"{name}: expected probabilities in [0, 1], got {p[k]} for worker {k}; "
             "estimate them with torch_qgc.planner.delays, or use 0.0 for a worker that is never late"
         )
     return p

@@ -1,4 +1,4 @@
-"""What makes a plan hold together."""
+"""Check that the fields of a plan agree with each other."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def choose_deadline(
         minimise J(T) = (tau(T) + t0) (beta + rho(T)),   rho(T) = error of the plan for p_k = P(T_k > T)
 
     Rounds to a given loss grow with E||ghat||^2 <= C N^2 (1 + rho) (Song & Choi Lemma 2, Theorems 2 and 3),
-    whence beta = 1; a round lasts tau(T) + t0. beta = 0 would minimise variance per second and tends to wait
-    for ever; with large batch noise beta is (||g||^2 + batch variance) / C N^2. J can have several local
+    whence beta = 1; a round lasts tau(T) + t0. beta = 0 would minimise variance per second, which leads to ever
+    later deadlines; with large batch noise beta is (||g||^2 + batch variance) / C N^2. J can have several local
     minima: a grid of log-spaced T is searched, then the best cell is refined.
 
     Args:

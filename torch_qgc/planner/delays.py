@@ -1,4 +1,4 @@
-"""How long workers take, and what that says about being late."""
+"""Models of how long workers take, fitted to recorded delays, and the chance to be late that follows."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ class StragglePosterior:
 
         p = (late + prior strength) / (rounds + strength),   both counts decaying by 1 - 1/memory a round
 
-    It is never 0 or 1, so no worker is overrated for having been lucky. It holds for one deadline only; to
-    ask about another, fit a delay model.
+    It is never 0 or 1, so that a few lucky rounds do not make a worker infinitely reliable. It holds for one
+    deadline only; to ask about another, fit a delay model.
 
     Args:
         prior: scalar or [K], expected p in (0, 1). The default with strength 1 is Jeffreys' prior.

@@ -48,7 +48,7 @@ class PlanOptions:
         allocator: see `allocate_bits`.
     Code:
         max_share: scalar or [K], the most data a worker can answer for, or None.
-        tolerance: in partitions; more: fewer copies of the data, larger error: see `split_components`.
+        tolerance: in partitions; more: fewer copies of the data, larger error; see `split_components`.
         placement: [K, N] bool, who holds which partition, or None: anybody may hold any.
         partition_sizes: [N] in any unit, or None: equal.
     Decoding: see `Plan`.
@@ -112,7 +112,9 @@ def make_plan(
             unquantized. Default 4 if no budget is given.
         bit_budget: or the budget itself, in bits per coordinate summed over workers.
         num_partitions: N; default K, or what `placement` or `partition_sizes` say. More: smaller load.
-        options: the long tail; every field may also be given as a keyword: make_plan(p, norm="l2").
+        options: what has a default; each may also be given as a keyword: make_plan(p, norm="l2").
+    Returns:
+        A plan that passes `Plan.check_trainable`, unless its second track is no multiple of the first.
     Raises:
         PlanError: nothing can be planned from this; the message names a remedy.
     """
@@ -219,7 +221,7 @@ def _code(p: Floats, variance: Floats, n: int, o: PlanOptions) -> tuple[Floats, 
             for workers, count in split_components(shares, n, tolerance=o.tolerance):
                 shares[workers] *= count / n / shares[workers].sum()
         weights = segment_weights(shares, n, partition_sizes=o.partition_sizes)
-    # As laid out: a share below rounding has no data, and then it must be 0.
+    # Shares as they were laid out: one below rounding got no data, so it is 0.
     return np.asarray(weights.sum(axis=1)) / n, weights
 
 

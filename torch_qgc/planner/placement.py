@@ -71,6 +71,8 @@ def _decompose(utility: Floats, holds: Mask, sizes: Floats, caps: Floats | None)
     waiting: list[tuple[Ints, Ints]] = [(np.flatnonzero(utility > 0), np.arange(len(sizes)))]
     while waiting:
         workers, parts = waiting.pop()
+        if not parts.size:  # workers that hold nothing which the cut has left
+            continue
         supply = sizes[parts]
         target = water_fill(utility[workers], float(supply.sum()), None if caps is None else caps[workers])
         part, cut_workers, cut_parts = _max_flow(holds[np.ix_(workers, parts)], supply, target)
@@ -115,7 +117,7 @@ def _max_flow(holds: Mask, supply: Floats, capacity: Floats) -> tuple[Floats, Ma
 
 
 def _segment_flow(holds: Mask, supply: Floats, capacity: Floats) -> tuple[Floats, Floats, Floats]:
-    """Fill workers in order, partition by partition: all there is to do where everybody holds everything."""
+    """Fill workers in order, partition by partition: a maximum flow if everybody holds everything."""
     flow, need, slack = np.zeros(holds.shape), supply.copy(), capacity.copy()
     for n in range(len(supply)):
         able = np.flatnonzero(holds[:, n] & (slack > 0))

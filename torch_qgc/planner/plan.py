@@ -81,9 +81,9 @@ class Plan(PlanFields):
         return None if self._second is None else self._second(*self._round(arrived, rates))
 
     def second_scale(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> float:
-        """Return the number that `coefficients` of a round are multiplied by to give `second_coefficients`.
+        """Return the number by which `coefficients` of a round are multiplied to give `second_coefficients`.
 
-        So a trained second track is the first times one number, 1 without a second track or if nothing arrived.
+        It is 1 without a second track, and if nothing arrived that has a coefficient.
 
         Args:
             arrived, rates: as in `coefficients`.
@@ -94,11 +94,12 @@ class Plan(PlanFields):
         return self._second_scale(*self._round(arrived, rates))
 
     def check_trainable(self) -> None:
-        """Check that a job can train with this plan; all that `make_plan` returns, but for second tracks as below.
+        """Check that a job can train with this plan.
 
         Raises:
-            PlanError: a code that is for comparisons (stochastic signs, gradients that are subtracted), numbers
-                that are not finite, or a second track that is not a multiple of the first: see `second_scale`.
+            PlanError: a code that is for comparisons (stochastic signs, data at a worker that sends nothing, gradients
+                that are subtracted), coefficients that are not finite, or a second track that is not a multiple of
+                the first: see `second_scale`.
         """
         trainable.check(self)
 

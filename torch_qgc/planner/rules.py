@@ -98,8 +98,8 @@ def second_scale(plan: PlanFields) -> Scale:
     if plan.decoder not in _SCALES or plan.second_track not in _SCALES:
         raise PlanError(
             f"second_track: expected None, or 'hajek' or 'ridge' beside decoder 'unbiased', 'hajek' or 'ridge', got "
-            f"{plan.second_track!r} beside {plan.decoder!r}: its second track is not the first times one number, which "
-            "only the planner and the simulator can take"
+            f"{plan.second_track!r} beside {plan.decoder!r}: that is not the first track times one number, so it is "
+            "for the planner and the simulator only"
         )
     first, second = _SCALES[plan.decoder](plan), _SCALES[plan.second_track](plan)
 
@@ -111,7 +111,7 @@ def second_scale(plan: PlanFields) -> Scale:
 
 # ----------------------------------------------------------------------------------------------- other rules
 def _uncorrected(plan: PlanFields) -> Rule:
-    """c_k = m_k: what is missing is missing (the stragglers are ignored)."""
+    """c_k = m_k: stragglers are ignored, and the decoded gradient lacks what they hold."""
     shares = plan.shares
     return lambda arrived, corrected: shares * (arrived > 0)
 
@@ -122,8 +122,8 @@ def _lmmse(plan: PlanFields) -> Rule:
         w = (E Gamma E^T + diag(v_k e_k^T Gamma e_k / n_k))^-1 E Gamma s,   Gamma = (1 - rho) I + rho 1 1^T
 
     over the rows e_k of workers that are in, each with n_k contributions that share w_k; s are the
-    partitions' fractions of the data and rho the correlation between partitions' gradients. Rates play no
-    part: what matters is who is in now.
+    partitions' fractions of the data and rho the correlation between partitions' gradients. Measured
+    rates do not enter.
     """
     rho = plan.gradient_correlation
     rows = dense_weights(plan, "lmmse")

@@ -28,7 +28,7 @@ __all__ = [
 
 Weights: TypeAlias = "Floats | sparse.csr_array[Any, tuple[int, int]]"
 
-#: A worker that is never late and sends without noise would have infinite utility: probabilities stop here.
+#: Least p + v that is counted with: a worker that is never late and sends without noise would have infinite utility.
 LEAST_PROBABILITY = 1e-9
 
 # Up to this many entries weights are a plain array, above it a scipy.sparse.csr_array.
@@ -188,7 +188,7 @@ def _overlaps(shares: Floats, fractions: Floats) -> tuple[Ints, Ints, Floats]:
     ends, borders = np.cumsum(shares), np.cumsum(fractions)
     ends *= 1.0 / ends[-1]
     borders *= 1.0 / borders[-1]
-    # A border of a worker within rounding of one between partitions is that one: no slivers.
+    # A worker's border within rounding of a partition's is moved there, so that nobody gets a sliver of a partition.
     near = np.minimum(np.searchsorted(borders, ends - 1e-13), len(borders) - 1)
     ends = np.where(np.abs(borders[near] - ends) <= 1e-13, borders[near], ends)
     cuts = np.unique(np.concatenate([[0.0], ends, borders]))
@@ -221,11 +221,11 @@ def split_components(utility: ArrayLike, num_partitions: int, *, tolerance: floa
         (workers, partitions) of every group: [|R_i|] int64 worker indices, and how many partitions they
         share. Workers of utility 0 are in no group.
     Raises:
-        PlanError: utility negative, NaN or all zero, or tolerance negative.
+        PlanError: utility negative, not finite or all zero, or tolerance negative.
     """
     u = np.asarray(utility, dtype=np.float64)
-    if u.ndim != 1 or not np.all(u >= 0) or not u.sum() > 0:
-        raise PlanError(f"utility: expected [K] values >= 0, not all zero, got {u!r}")
+    if u.ndim != 1 or not np.all((u >= 0) & (u < np.inf)) or not u.sum() > 0:
+        raise PlanError(f"utility: expected [K] finite values >= 0, not all zero, got {u!r}")
     if not tolerance >= 0:
         raise PlanError(f"tolerance: expected a number of partitions >= 0, got {tolerance}")
     workers = np.flatnonzero(u > 0).astype(np.int64)

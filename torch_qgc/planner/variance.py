@@ -137,7 +137,7 @@ class RunningVariance:
 
         V = sum over blocks (scale / L)^2 sum_i f_i (1 - f_i);   q = EMA(V) / EMA(||s||^2)
 
-    A ratio of averages, not an average of ratios: rounds count by their energy, as they do in the error.
+    It is a ratio of averages, so that rounds count by their energy, as they do in the error.
 
     Args:
         num_workers: K.
@@ -191,7 +191,7 @@ class NoiseRatio:
     """Estimate eta, the variance of a worker's batch gradient over the squared norm of its mean.
 
     Batches are independent, so products of different workers' gradients estimate the squared norm of the
-    common mean without bias. The aggregator has them at no cost in what it decodes, ghat = sum_k c_k Q(h_k):
+    common mean without bias. They follow from the energy of what the aggregator decodes, ghat = sum_k c_k Q(h_k):
 
         ||ghat||^2 - sum_k c_k^2 ||Q(h_k)||^2 = sum over j != k of c_j c_k <Q(h_j), Q(h_k)>
         signal = that / ((sum_k c_k)^2 - sum_k c_k^2);    eta_k = EMA(||h_k||^2) / EMA(signal) - 1

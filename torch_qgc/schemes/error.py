@@ -77,7 +77,7 @@ def round_error(
         masks: "exact"; or how many arrival patterns to draw; or patterns [M, K] bool themselves, equally likely.
         gradients: [N, dim] the partitions' mean gradients, instead of `gram`.
         variance: scalar or [K] relative variance v_k of payloads, instead of the plan's own: to compare plans under
-            the noise there is, not the one they were made for.
+            another noise than they were made for.
         seed: of drawn patterns.
     Raises:
         PlanError: shapes that do not fit; more than 16 unreliable workers to enumerate the arrivals of.

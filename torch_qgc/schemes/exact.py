@@ -99,7 +99,7 @@ def cyclic_mds(straggle_probs: ArrayLike, *, stragglers: int = 1, **options: Unp
 def ye_abbe(
     straggle_probs: ArrayLike, *, replicas: int = 2, stragglers: int = 0, parts: int = 2, **options: Unpack[Options]
 ) -> PartPlan:
-    """Cut the gradient into m parts and send one vector of the size of a part: replicas buy bits.
+    """Cut the gradient into m parts and send one vector of the size of a part, with m times the bits per coordinate.
 
     Worker k evaluates at its point x_k, for each partition n that it holds and each part u, polynomials that vanish
     at the points of all who do not hold n and whose coefficients of degree K - d .. K - d + m - 1 are those of a unit

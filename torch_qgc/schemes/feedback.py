@@ -58,8 +58,8 @@ def error_feedback(plan: Plan, *, contraction: bool = True, acknowledged: bool =
     """Wrap a plan: worker k sends a Q(m), m = h_k + e, and keeps e' = m - a Q(m).
 
     F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; S. P. Karimireddy et al., "Error feedback
-    fixes SignSGD", ICML 2019. The bits that a payload lost are sent later, so over many rounds rounding costs little
-    of a slowly changing gradient's mean, but a round is not nearer to its own gradient.
+    fixes SignSGD", ICML 2019. What rounding loses of a payload is added to later ones. Over many rounds little
+    is lost of a gradient that changes slowly; the error of a single round is not smaller.
 
     Args:
         plan: any plan whose workers send whole gradients.
@@ -75,7 +75,7 @@ def error_feedback(plan: Plan, *, contraction: bool = True, acknowledged: bool =
 
 
 class FeedbackMemory:
-    """What one worker has not been able to say yet. The quantizer is the caller's.
+    """What one worker's payloads have lost so far. The caller quantizes:
 
         m = memory.corrected(h);  payload = Q(m);  send gain * payload;  memory.sent(m, gain * payload, delivered)
 

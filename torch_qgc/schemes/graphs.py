@@ -82,7 +82,7 @@ def expander(straggle_probs: ArrayLike, *, degree: int = 2, **options: Unpack[Op
 def _random_edges(setting: Setting) -> Floats:
     """Return [K, N] zeros and ones, two ones a row: a random graph with degrees as equal as possible.
 
-    The ends of K edges are dealt to the vertices. Loops, and parallel edges while there is hope, are mended by
+    The ends of K edges are dealt to the vertices. Loops, and for a number of attempts parallel edges, are removed by
     swapping an end with that of a random other edge.
     """
     rng, k, n = setting.random(), setting.workers, setting.partitions
