@@ -184,15 +184,24 @@ def test_aggregator_runs_until_it_is_told_to_stop() -> None:
 
 
 def test_aggregator_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
-
     from torch_qgc.aggregator import process
 
     seen: list[Any] = []
-    monkeypatch.setattr(process, "main", lambda argv: seen.extend(argv) or 0)
+    monkeypatch.setattr(process, "run", lambda serving: seen.append(serving) or 0)
     options = ["--bind", "tcp://0.0.0.0:7000", "--index", "1", "--count", "3", "--threads", "2"]
-    options += ["--max-message-mib", "8", "--insecure"]
+    options += ["--max-message-mib", "8", "--insecure", "--trace", "events.jsonl"]
     assert qgc("aggregator", *options).exit_code == 0
-    assert seen == options
+    assert seen == [
+        process.Serving(
+            bind="tcp://0.0.0.0:7000",
+            index=1,
+            count=3,
+            threads=2,
+            max_message_mib=8,
+            insecure=True,
+            trace="events.jsonl",
+        )
+    ]
 
 
 def test_aggregator_refuses_what_cannot_be() -> None:

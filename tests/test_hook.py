@@ -211,7 +211,7 @@ def test_with_quantization_the_loss_stays_within_the_spread_of_ddp_seeds() -> No
     assert tail["coded"].mean() < 0.5 * curves["coded"][:, 0].mean()  # it learns
 
 
-def adam_job(rank: int, downlink_bits: int) -> tuple[bool, list[float]]:
+def adam_job(rank: int, downlink_bits: int) -> list[float]:
     ddp, state = coded(mlp(), deadline_s=0.5, downlink_bits=downlink_bits)
     optimizer = qgc.CodedAdam(ddp.parameters(), state, lr=1e-2)
     x, y = dataset().tensors
@@ -223,15 +223,14 @@ def adam_job(rank: int, downlink_bits: int) -> tuple[bool, list[float]]:
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-    return state.report().gone == {}, losses
+    return losses
 
 
-def test_adam_has_one_track_where_results_are_rounded_on_the_way_down() -> None:
-    """Tracks that are rounded apart put a gradient over a denominator of zero, and Adam diverges."""
-    for bits, expected in ((32, True), (4, False)):
-        for two_tracks, losses in run_ranks(adam_job, bits, ranks=2):
-            assert two_tracks is expected
-            assert max(losses) < 1.2 * losses[0]
+@pytest.mark.parametrize("bits", [32, 4])
+def test_adam_learns_with_two_tracks_whatever_the_bits_on_the_way_down(bits: int) -> None:
+    """The second track is the first times a number, so rounding cannot put a gradient over a denominator of zero."""
+    for losses in run_ranks(adam_job, bits, ranks=2):
+        assert max(losses) < 1.2 * losses[0]
 
 
 # --- 4. what follows the loop lines up --------------------------------------------------------------------
@@ -363,7 +362,7 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
         "workers": "one straggle probability per rank",
         "both": "already holds them",
         "host": "insecure=True",
-        "aggregators": "expected 1..2",
+        "aggregators": "at most one per chunk",
     }
     for said in run_ranks(refusals, ranks=2):
         assert {name: remedies[name] in text for name, text in said.items()} == dict.fromkeys(remedies, True), said

@@ -23,7 +23,7 @@ LAYERS = [
     ["protocol"],
     ["schemes"],
     ["planner", "kernels"],
-    ["errors"],
+    ["errors", "logs"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 

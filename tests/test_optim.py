@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD, _unhooked, two_track_adam
@@ -310,6 +311,11 @@ def test_copies_are_torchs_optimizers_on_their_own_parameters(
 def test_the_step_compiles_into_as_many_graphs_as_torchs(
     ours: Any, theirs: Any, second: Any, options: dict[str, Any]
 ) -> None:
+    # In a process of its own: after a compiled step autograd no longer works in forked processes, which tests are.
+    run_ranks(compiled_steps, ours, theirs, second, options, ranks=1)
+
+
+def compiled_steps(rank: int, ours: Any, theirs: Any, second: Any, options: dict[str, Any]) -> None:
     results, graphs = [], []
     for compiled in (ours, theirs, None):
         torch.compiler.reset()

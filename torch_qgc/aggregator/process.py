@@ -90,7 +90,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def run(serving: Serving) -> int:
-    """Run one aggregator in this process until its job is finished; return the exit status, 1 if the job failed.
+    """Run one aggregator in this process until its job is finished; return the exit status, 1 if that has failed.
 
     Raises:
         ConfigError: it cannot be served like this.
@@ -121,7 +121,7 @@ def run(serving: Serving) -> int:
                 transport.send(peer, frames)
     with contextlib.suppress(BrokenPipeError):  # a parent that is gone reads nothing
         os.write(1 if serving.child else 2, f"torch_qgc aggregator: {aggregator.report()}\n".encode())
-    return 1 if aggregator.failed else 0
+    return 0 if aggregator.finished and aggregator.failed is None else 1
 
 
 def child() -> int:
