@@ -61,11 +61,9 @@ def test_a_failed_job_names_its_first_error_and_leaves_no_process(tmp_path: Path
 
     script = tmp_path / "broken.py"
     script.write_text("import sys\nraise RuntimeError('no camera in ' + sys.argv[1])\n")
-    with (
-        launcher.progress_bar(Console(quiet=True)) as progress,
-        pytest.raises(launcher.JobError, match=r"RuntimeError: no camera in train(.|\n)*log\.txt"),
-    ):
-        launcher.launch([str(script), "train"], tmp_path / "ddp", workers=1, title="DDP", steps=10, progress=progress)
+    command, console = [str(script), "train"], Console(quiet=True)
+    with pytest.raises(launcher.JobError, match=r"RuntimeError: no camera in train(.|\n)*log\.txt"):
+        launcher.launch(command, tmp_path / "ddp", workers=1, title="DDP", steps=10, console=console)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common import result
 from common.hooks import TITLES
-from common.launcher import JobError, launch, progress_bar
+from common.launcher import JobError, launch
 from common.packages import DownloadError
 from common.result import Result
 from common.settings import Settings
@@ -56,11 +56,9 @@ def build(
 
     hints = typing.get_type_hints(type(defaults), include_extras=True) | OPTIONS
     values = vars(defaults) | {"way": [WayName[defaults.way]], "quick": False}
+    kind = inspect.Parameter.KEYWORD_ONLY
     command.__signature__ = inspect.Signature(
-        [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=hints[n])
-            for n, v in values.items()
-        ]
+        [inspect.Parameter(name, kind, default=values[name], annotation=hints[name]) for name in values]
     )
     command.__annotations__ = {name: hints[name] for name in values}
     command.__doc__ = about
@@ -77,13 +75,12 @@ def compare(each: Sequence[Settings], script: str, console: Console) -> None:
     """
     results = []
     try:
-        with progress_bar(console) as progress:
-            for s in each:
-                if not s.resume:
-                    shutil.rmtree(s.folder, ignore_errors=True)
-                command = [script, *s.arguments()]
-                launch(command, s.folder, workers=s.workers, title=TITLES[s.way], steps=s.steps, progress=progress)
-                results.append(Result.load(s.folder))
+        for s in each:
+            if not s.resume:
+                shutil.rmtree(s.folder, ignore_errors=True)
+            command = [script, *s.arguments()]
+            launch(command, s.folder, workers=s.workers, title=TITLES[s.way], steps=s.steps, console=console)
+            results.append(Result.load(s.folder))
     finally:
         if results:
             result.show(results, console)

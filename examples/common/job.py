@@ -26,10 +26,7 @@ CHECKPOINT = "checkpoint.pt"
 
 class Job:
     """The process group, the injected delays, the clock, the curve of evaluations, the checkpoints and the result.
-
-    Args:
-        s: settings with seed, delays, folder and resume.
-        cuda: train on this machine's GPUs.
+    `s` are settings with seed, delays, folder and resume; `cuda` trains on this machine's GPUs.
     """
 
     def __init__(self, s: Any, *, cuda: bool = torch.cuda.is_available()) -> None:

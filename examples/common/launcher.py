@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-PROGRESS = "progress.json"  # written by rank 0: fields of the progress bar
-POLL_S = 0.5
+PROGRESS = "progress.json"  # written by rank 0: fields of the display
 ERROR = re.compile(r"^(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|Refused|JobFailed)\b.*")
 
 
@@ -22,13 +21,7 @@ class JobError(RuntimeError):
     """A job ended with an error."""
 
 
-def progress_bar(console: Console) -> Progress:
-    """Return the display of `launch`: steps made and rank 0's loss."""
-    texts = (TextColumn("{task.completed}/{task.total}"), TextColumn("loss {task.fields[loss]}"))
-    return Progress(TextColumn("{task.description:<24}"), BarColumn(), *texts, TimeElapsedColumn(), console=console)
-
-
-def launch(command: Sequence[str], folder: Path, *, workers: int, title: str, steps: int, progress: Progress) -> None:
+def launch(command: Sequence[str], folder: Path, *, workers: int, title: str, steps: int, console: Console) -> None:
     """Run a script and its arguments in `workers` processes of this machine, and wait for the end.
 
     `folder` is where the job says how far it is; it gets log.txt, all that its ranks print.
@@ -38,22 +31,22 @@ def launch(command: Sequence[str], folder: Path, *, workers: int, title: str, st
     """
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    # One thread each: several threads per worker on busy cores wait for each other at every operation.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    bar, log = progress.add_task(title, total=steps, loss="-"), folder / "log.txt"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # more threads wait for each other
+    columns = "{task.description:<24}", BarColumn(), "{task.completed}/{task.total}", "loss {task.fields[loss]}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else `finally` is skipped, and workers stay
-    with log.open("wb") as out:
+    log = folder / "log.txt"
+    with log.open("wb") as out, Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task(title, total=steps, loss="-")
         process = subprocess.Popen([*torchrun, *command], stdout=out, stderr=out, env=environment)
-    try:
-        while process.poll() is None:
-            if (folder / PROGRESS).exists():
-                progress.update(bar, **json.loads((folder / PROGRESS).read_text()))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_S)
-    finally:
-        process.terminate()  # torchrun ends its workers
-        process.wait()
-        progress.stop_task(bar)
+        try:
+            while process.poll() is None:
+                if (folder / PROGRESS).exists():
+                    progress.update(bar, **json.loads((folder / PROGRESS).read_text()))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+        finally:
+            process.terminate()  # torchrun ends its workers
+            process.wait()
     if process.returncode != 0:
         lines = log.read_text(errors="replace").splitlines()
         found = list(dict.fromkeys(line for line in lines if ERROR.match(line))) or lines

@@ -12,8 +12,6 @@ from typer import Option
 
 from common.delays import PROMPT_WAIT_S, Delays
 
-DEADLINE_FACTOR = 1.5  # more: fewer workers are late; less: steps are shorter
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -64,7 +62,8 @@ class Settings:
 
     def deadline(self, compute_s: float) -> float | None:
         """Return when steps close, given what forward and backward pass take without delays; None: never."""
-        return DEADLINE_FACTOR * compute_s if self.deadline_s is None else self.deadline_s or None
+        usual_s = 1.5 * compute_s  # more: fewer workers are late; less: steps are shorter
+        return usual_s if self.deadline_s is None else self.deadline_s or None
 
     def arguments(self) -> list[str]:
         """Return the command line that makes these settings."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from common.launcher import launch, progress_bar
+from common.launcher import launch
 from common.result import Result, show
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from torch import nn
 
 from detection import evaluation, plots, report
@@ -29,11 +29,10 @@ def run(script: Path, shared: Settings, jobs: Sequence[str], console: Console) -
     data = CocoImages(shared.data, "train")
     held = held_by_workers(data, shared)
     _, total_steps = shared.schedule(len(held[0]))
-    with progress_bar(console) as progress:
-        results = [
-            train(script, dataclasses.replace(shared, job=job, folder=shared.folder / job), total_steps, progress)
-            for job in jobs
-        ]
+    results = [
+        train(script, dataclasses.replace(shared, job=job, folder=shared.folder / job), total_steps, console)
+        for job in jobs
+    ]
     val = CocoImages(shared.data, "val", limit=VAL_IMAGES)
     slow_labels = labels_only_at(data, held, SLOW_WORKER)
     outcomes = evaluate(shared, dict(zip(jobs, results)), val, slow_labels, console)
@@ -47,7 +46,7 @@ def run(script: Path, shared: Settings, jobs: Sequence[str], console: Console) -
     return outcomes
 
 
-def train(script: Path, settings: Settings, total_steps: int, progress: Progress) -> Result:
+def train(script: Path, settings: Settings, total_steps: int, console: Console) -> Result:
     """Train one job, or take its result if it had ended before the comparison was resumed."""
     if not settings.resume:
         shutil.rmtree(settings.folder, ignore_errors=True)
@@ -60,7 +59,7 @@ def train(script: Path, settings: Settings, total_steps: int, progress: Progress
             workers=settings.workers,
             title=settings.variant.title,
             steps=total_steps,
-            progress=progress,
+            console=console,
         )
     return Result.load(settings.folder)
 
