@@ -10,20 +10,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from common import digits
-from common.command import run as run_command
-from common.run import Run
-from common.schedule import warmup_cosine
-from common.settings import BatchSize, EvalEvery, LearningRate, Out, Settings, SlowShiftS, SlowWaitS, Steps
-from common.ways import Way
+import torch.distributed as dist
+from common import command, digits, hooks
+from common.job import Job
+from common.settings import Settings, warmup_cosine
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision import datasets, transforms
 from torchvision.models.resnet import Bottleneck, ResNet
 from typer import Option
@@ -40,56 +38,68 @@ class Options(Settings):
     ] = "digits"
     root: Annotated[Path | None, Option(help="Directory of the data, unless it is digits.")] = None
     width: Annotated[int, Option(help="Width of the first bottlenecks; 64 is ResNet-50.")] = 64
-    steps: Steps = 60
-    eval_every: EvalEvery = 15
-    batch_size: BatchSize = 16
-    lr: LearningRate = 0.02
-    slow_shift_s: SlowShiftS = 0.5
-    slow_wait_s: SlowWaitS = 1.5
-    out: Out = Path("demo/classification")
 
-    QUICK: ClassVar[dict[str, Any]] = {
-        "steps": 6,
-        "eval_every": 3,
-        "batch_size": 2,
-        "val_limit": 16,
-        "width": 8,
-        "lr": 1e-3,
-        "slow_wait_s": 0.1,
-    }
+
+OUT = Path("demo/classification")
+DEFAULTS = Options(steps=60, eval_every=15, batch_size=16, lr=0.02, slow_shift_s=0.5, slow_wait_s=1.5, out=OUT)
+QUICK = dict(steps=6, eval_every=3, batch_size=2, val_limit=16, width=8, lr=1e-3, slow_wait_s=0.1)
 
 
 def train(s: Options) -> None:
-    """Train on this rank."""
-    run = Run(s)
-    with run.rank_zero_first():
-        train_data, val_data, classes = load_data(s)
-    model = build_model(s, classes).to(run.device)
+    """Train on this rank. What `if state` leads to is what torch_qgc adds to a DDP script."""
+    job = Job(s)
+    train_data, val_data, classes = load_data(s)
+    model = build_model(s, classes).to(job.device)
     batch = next(iter(DataLoader(train_data, batch_size=s.batch_size)))
-    compute_s = run.usual_step_s(lambda: classification_loss(model, batch, run), model)
+    compute_s = job.usual_step_s(lambda: classification_loss(model, batch), model)
+    stretch = Subset(train_data, job.stretch(train_data, 0))  # what comes before an evaluation
+    sgd = {"lr": s.lr, "momentum": 0.9, "weight_decay": 1e-4}
 
     ddp = DistributedDataParallel(model)
-    way = Way(s.way, ddp, **s.coding(compute_s))
-    loader = run.loader(train_data, way)
-    sgd = {"lr": s.lr, "momentum": 0.9, "weight_decay": 1e-4}
-    if way.state:
-        optimizer = qgc.CodedSGD(model.parameters(), way.state, **sgd)
+    state = None
+    if s.way == "qgc":
+        deadline_s = s.deadline(compute_s)
+        state = qgc.QGCState(
+            ddp,
+            straggle_probs=s.delays.missed_rounds(deadline_s, compute_s),  # a first guess, which the job corrects
+            bits_per_coordinate=s.bits,
+            downlink_bits=s.downlink_bits,
+            deadline_s=deadline_s,
+            seed=s.seed,
+        )
+        ddp.register_comm_hook(state, qgc.qgc_hook)
+        loader = state.loader(stretch, batch_size=s.batch_size, seed=s.seed)
+        optimizer = qgc.CodedSGD(model.parameters(), state, **sgd)
     else:
+        job.part_of_fp32 = hooks.attach(s.way, ddp)
+        loader = DataLoader(stretch, batch_size=s.batch_size, sampler=DistributedSampler(stretch, seed=s.seed))
         optimizer = torch.optim.SGD(model.parameters(), **sgd)
     scheduler = LambdaLR(optimizer, warmup_cosine(s.steps))
-    way.bind(optimizer, scheduler=scheduler)
+    if state:
+        state.bind(optimizer, scheduler=scheduler)  # so that a late worker can repeat the steps that it missed
 
-    run.start(model, way, optimizer, scheduler)
-    for _ in run.stretches():
+    job.start(model, optimizer, scheduler, state)
+    for number in range(len(job.curve), s.steps // s.eval_every):
+        stretch.indices = job.stretch(train_data, number)
+        (loader if state else loader.sampler).set_epoch(number)
         for batch in loader:
-            run.begin_step()
-            loss = classification_loss(ddp, batch, run)
+            job.begin_step()  # the injected delay
+            loss = classification_loss(ddp, batch)
             loss.backward()
-            way.update()
-            run.end_step(loss)
-        with run.evaluation() as metrics:
-            metrics |= evaluate(run, model, val_data)
-    run.finish()
+            if state:
+                state.update()
+            else:
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            job.end_step(loss)
+        if state:
+            state.sync_buffers()  # BatchNorm's statistics, which each worker has gathered for itself
+        with job.evaluation() as metrics:
+            metrics |= evaluate(job, model, val_data)
+    job.finish(hooks.TITLES[s.way])
+    if state:
+        state.close()
 
 
 def build_model(s: Options, classes: int) -> ResNet:
@@ -97,20 +107,21 @@ def build_model(s: Options, classes: int) -> ResNet:
     return ResNet(Bottleneck, [3, 4, 6, 3], classes, zero_init_residual=True, width_per_group=s.width)
 
 
-def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor], run: Run) -> Tensor:
+def classification_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the mean cross-entropy of a batch of images and labels."""
-    images, labels = batch
-    return cross_entropy(model(as_rgb(images).to(run.device)), labels.to(run.device))
+    images, labels = (tensor.to(next(model.parameters()).device) for tensor in batch)
+    return cross_entropy(model(as_rgb(images)), labels)
 
 
-def evaluate(run: Run, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
+def evaluate(job: Job, model: nn.Module, data: Dataset[Any]) -> dict[str, float]:
     """Return the validation loss and top-1 accuracy; every rank sees a part of the data."""
-    sums = torch.zeros(3, device=run.device)  # loss, right answers, images
-    for images, labels in DataLoader(run.share(data), batch_size=64):
-        scores, truth = model(as_rgb(images).to(run.device)), labels.to(run.device)
+    sums = torch.zeros(3, device=job.device)  # loss, right answers, images
+    for images, labels in DataLoader(job.share(data), batch_size=64):
+        scores, truth = model(as_rgb(images).to(job.device)), labels.to(job.device)
         loss, right = cross_entropy(scores, truth, reduction="sum"), (scores.argmax(1) == truth).sum()
         sums += torch.stack([loss, right, loss.new_tensor(len(labels))])
-    loss_sum, right_sum, count = run.total(sums)
+    dist.all_reduce(sums)
+    loss_sum, right_sum, count = sums.tolist()
     return {"loss": loss_sum / count, "top-1 accuracy": right_sum / count}
 
 
@@ -141,4 +152,4 @@ def load_data(s: Options) -> tuple[Dataset[Any], Dataset[Any], int]:
 
 
 if __name__ == "__main__":
-    run_command(Options, train, __file__, __doc__)
+    command.build(DEFAULTS, QUICK, train, __file__, __doc__)()

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from common import checkpoint
-from common.journal import Journal
+from common import hooks
+from common.files import replacing
+from common.job import Job
 from common.launcher import JobError
 from common.packages import DownloadError
-from common.result import collect
-from common.schedule import warmup_cosine
-from common.ways import Way
+from common.settings import warmup_cosine
 from detection.data import CocoImages, collate, held_by_workers
+from detection.evaluation import Snapshots
 from detection.model import build_model
 from detection.settings import JOBS, VARIANTS, Settings
 from rich.console import Console
@@ -41,45 +41,36 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 def train(s: Settings) -> None:
     """Train on this rank; torchrun starts it once per worker."""
-    torch.set_num_threads(1)
-    torch.manual_seed(s.seed)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-
+    job = Job(s, cuda=False)
     data = CocoImages(s.data, "train")
     held = held_by_workers(data, s)
     epochs, total_steps = s.schedule(images_per_worker=len(held[0]))
 
     model = build_model(len(data.categories) + 1, backbone=s.backbone, size=s.size)
-    model = DistributedDataParallel(model)
-    state, way = None, None
+    ddp = DistributedDataParallel(model)
+    state = None
     if s.variant.coded:
-        state = qgc.QGCState(model, plan=make_plan(s, held), deadline_s=s.deadline_s, late=s.variant.late)
-        model.register_comm_hook(state, qgc.qgc_hook)
+        state = qgc.QGCState(ddp, plan=make_plan(s, held), deadline_s=s.deadline_s, late=s.variant.late)
+        ddp.register_comm_hook(state, qgc.qgc_hook)
         loader = state.loader(data, batch_size=s.batch_size, partitions=held, collate_fn=collate, seed=s.seed)
         optimizer = qgc.CodedAdam(model.parameters(), state, lr=s.lr)
     else:
-        way = Way(s.variant.way, model)  # torch's hooks, in the variants
-        own = Subset(data, held[rank])
+        job.part_of_fp32 = hooks.attach(s.variant.way, ddp)  # torch's hooks, in the variants
+        own = Subset(data, held[job.rank])
         loader = DataLoader(own, batch_size=s.batch_size, shuffle=True, collate_fn=collate)
         optimizer = torch.optim.Adam(model.parameters(), lr=s.lr)
     scheduler = LambdaLR(optimizer, warmup_cosine(total_steps, warmup_fraction=s.warmup_fraction))
     if state:
-        state.bind(optimizer, scheduler=scheduler)  # so that a late worker can replay what it missed
-    done = checkpoint.restore(s.folder, model.module, optimizer, scheduler, state) if s.resume else {}
+        state.bind(optimizer, scheduler=scheduler)  # so that a late worker can repeat the steps that it missed
 
-    dist.barrier()
-    every = max(1, total_steps // s.snapshots)
-    journal = Journal(s.folder, rank, every=every, step=done.get("step", 0), elapsed_s=done.get("elapsed_s", 0.0))
-    wall_s = journal.elapsed_s
-    for epoch in range(done.get("epochs", 0), epochs):
+    job.start(model, optimizer, scheduler, state)
+    snapshots = Snapshots(s.folder, every=max(1, total_steps // s.snapshots), step=job.step)
+    for epoch in range(len(job.curve), epochs):
         if state:
             loader.set_epoch(epoch)  # also after a resume
         for images, targets in loader:
-            step = state.step if state else journal.step
-            journal.begin()
-            s.delays.wait(rank, step)
-            loss = sum(model(images, targets).values())
+            job.begin_step()  # the injected delay
+            loss = sum(ddp(images, targets).values())
             loss.backward()
             if state:
                 state.update()
@@ -87,17 +78,18 @@ def train(s: Settings) -> None:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            journal.write(step + 1, loss.item(), model.module, waited_s=state.report().wait_s if state else 0.0)
-        wall_s = journal.elapsed_s
-        done = {"epochs": epoch + 1, "step": (epoch + 1) * len(loader), "elapsed_s": wall_s}
-        checkpoint.save(s.folder, model.module, optimizer, scheduler, state, **done)
+            job.end_step(loss)
+            if job.rank == 0:
+                snapshots.take(model, job.step, job.elapsed_s)
+        if state:
+            state.sync_buffers()  # BatchNorm's statistics, which each worker has gathered for itself
+        with job.evaluation():
+            pass  # a checkpoint; models are judged when all jobs have ended
 
-    if state:
-        state.sync_buffers()  # BatchNorm's statistics, for the evaluation
-    result = collect(s.job, model.module, journal, wall_s, state=state, bytes_per_step=way and way.bytes_per_step)
-    if rank == 0:
-        torch.save(model.module.state_dict(), s.folder / "model.pt")
-        result.save(s.folder)
+    if job.rank == 0:
+        with replacing(s.folder / "model.pt") as path:
+            torch.save(model.state_dict(), path)
+    job.finish(s.variant.title)
     if state:
         state.close()
     dist.destroy_process_group()

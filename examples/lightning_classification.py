@@ -11,26 +11,18 @@ change.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import closing, curve, digits
-from common.command import run as run_command
-from common.curve import Row
-from common.journal import Journal
-from common.result import collect
-from common.run import Run
-from common.schedule import warmup_cosine
-from common.settings import BatchSize, EvalEvery, LearningRate, Out, Settings, SlowShiftS, SlowWaitS, Steps
-from common.ways import TITLES
+from common import command, digits, hooks
+from common.job import Job
+from common.settings import Settings, warmup_cosine
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
-from typer import Option
 
 from torch_qgc.lightning import QGCStrategy
 
@@ -39,29 +31,23 @@ from torch_qgc.lightning import QGCStrategy
 class Options(Settings):
     """What this example lets you choose."""
 
-    steps: Steps = 120
-    eval_every: EvalEvery = 20
-    batch_size: BatchSize = 16
-    lr: LearningRate = 0.01
-    slow_shift_s: SlowShiftS = 0.1
-    slow_wait_s: SlowWaitS = 0.4
-    out: Out = Path("demo/lightning")
-    # Half of so small a step is Lightning's own work, so a multiple of the forward and backward pass will not do.
-    deadline_s: Annotated[float | None, Option(help="Seconds after which a step closes; 0: never.")] = 0.1
-
-    QUICK: ClassVar[dict[str, Any]] = {
-        "steps": 6,
-        "eval_every": 3,
-        "batch_size": 2,
-        "val_limit": 16,
-        "lr": 1e-3,
-        "slow_wait_s": 0.1,
-    }
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.way not in ("ddp", "qgc"):
             raise ValueError(f"--way: expected ddp or qgc, got {self.way}: Lightning drops DDP's hooks unless on CUDA")
+
+
+DEFAULTS = Options(
+    steps=120,
+    eval_every=20,
+    batch_size=16,
+    lr=0.01,
+    slow_shift_s=0.1,
+    slow_wait_s=0.4,
+    out=Path("demo/lightning"),
+    deadline_s=0.1,  # half of so small a step is Lightning's own work, so no multiple of its passes will do
+)
+QUICK = dict(steps=6, eval_every=3, batch_size=2, val_limit=16, lr=1e-3, slow_wait_s=0.1)
 
 
 class Residual(nn.Module):
@@ -113,75 +99,75 @@ class Digits(pl.LightningModule):
 
 
 class Example(pl.Callback):
-    """What an example needs around any Trainer: injected delays, a journal, the curve. Validation is off the clock."""
+    """What an example needs around any Trainer: injected delays, the clock and the curve."""
 
-    def __init__(self, run: Run) -> None:
-        self.s, self.rank = run.s, run.rank
-        self.rows: list[Row] = []
-        self._pause: Any = None
+    def __init__(self, job: Job) -> None:
+        self.job = job
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of it."""
-        return {"rows": self.rows}
+        return {"curve": self.job.curve}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a checkpoint's curve."""
-        self.rows = state_dict["rows"]
+        self.job.curve = state_dict["curve"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Start the clock."""
-        step, elapsed_s = (int(self.rows[-1]["step"]), self.rows[-1]["time_s"]) if self.rows else (0, 0.0)
-        trainer.strategy.barrier()
-        self.journal = Journal(self.s.folder, self.rank, step=step, elapsed_s=elapsed_s)
+        self.job.model, self.job.state = module, getattr(trainer.strategy, "state", None)
+        self.job.start_clock()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Meet the delay that is injected into this worker's step, unless it is replayed."""
         if not getattr(trainer.strategy, "replays", False):
-            self.journal.begin()
-            self.s.delays.wait(self.rank, trainer.global_step)
+            self.job.begin_step()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *args: Any) -> None:
-        """Note a step that this rank computed."""
-        if not getattr(trainer.strategy, "replays", False):
-            state = getattr(trainer.strategy, "state", None)
-            waited_s = state.report().wait_s if state else 0.0
-            self.journal.write(trainer.global_step, outputs["loss"].item(), waited_s=waited_s)
+        """Say how far the job is."""
+        self.job.end_step(outputs["loss"])
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self._time_s = self.journal.elapsed_s
-        self._pause = self.journal.paused()
-        self._pause.__enter__()
+        self._row = {"step": trainer.global_step, "time_s": round(self.job.elapsed_s, 3)}
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Take what was found into the curve, and let the clock go on."""
         found = {name: float(trainer.callback_metrics[name]) for name in ("loss", "top-1 accuracy")}
-        self.rows.append({"step": trainer.global_step, "time_s": round(self._time_s, 3)} | found)
-        trainer.strategy.barrier()
-        self._pause.__exit__(None, None, None)
+        self.job.curve.append(self._row | found)
+        self.job.start_clock()
 
 
 def train(s: Options) -> None:
-    """Train on this rank."""
-    run = Run(s)
-    with run.rank_zero_first():
-        train_data, val_data = digits.datasets(s.data_dir)
+    """Train on this rank. The strategy is what torch_qgc adds."""
+    job = Job(s)
+    train_data, val_data = digits.datasets(s.data_dir)
     model = Digits(s)
-    images, labels = next(iter(DataLoader(train_data, batch_size=s.batch_size)))
-    compute_s = run.usual_step_s(lambda: cross_entropy(model.net(images), labels), model)
+    if s.way == "qgc":
+        images, labels = next(iter(DataLoader(train_data, batch_size=s.batch_size)))
+        compute_s = job.usual_step_s(lambda: cross_entropy(model.net(images), labels), model)
+        deadline_s = s.deadline(compute_s)
+        strategy = QGCStrategy(
+            straggle_probs=s.delays.missed_rounds(deadline_s, compute_s),  # a first guess, which the job corrects
+            bits_per_coordinate=s.bits,
+            downlink_bits=s.downlink_bits,
+            deadline_s=deadline_s,
+            seed=s.seed,
+        )
+    else:
+        strategy = "ddp"
 
-    example, checkpoint = Example(run), s.folder / "checkpoint.ckpt"
+    checkpoint = s.folder / "checkpoint.ckpt"
     saving = ModelCheckpoint(s.folder, "checkpoint", save_on_train_epoch_end=False, enable_version_counter=False)
     trainer = pl.Trainer(
-        strategy=QGCStrategy(**s.coding(compute_s)) if s.way == "qgc" else "ddp",
-        devices=run.workers,
+        strategy=strategy,
+        devices=job.workers,
         max_steps=s.steps,
         val_check_interval=s.eval_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         logger=CSVLogger(s.folder),
-        callbacks=[example, saving],
+        callbacks=[Example(job), saving],
         enable_progress_bar=False,  # the launcher shows one
         enable_model_summary=False,
     )
@@ -189,20 +175,8 @@ def train(s: Options) -> None:
     shown = Subset(val_data, range(0, len(val_data), max(1, len(val_data) // s.val_limit)))
     resumed = checkpoint if s.resume and checkpoint.exists() else None
     trainer.fit(model, loader, DataLoader(shown, batch_size=64), ckpt_path=resumed)
-    finish(run, model, example, getattr(trainer.strategy, "state", None))
-
-
-def finish(run: Run, model: nn.Module, example: Example, state: Any) -> None:
-    """Write the curve and the result; rank 0 prints the closing report."""
-    s, last = run.s, example.rows[-1]
-    metrics = {name: value for name, value in last.items() if name not in ("step", "time_s")}
-    result = collect(s.way, model, example.journal, last["time_s"], state=state, metrics=metrics)
-    if run.rank == 0:
-        curve.write(example.rows, s.folder)
-        curve.draw({TITLES[s.way]: example.rows}, s.folder / "curve.png")
-        closing.show(result, Console())
-        result.save(s.folder)
+    job.finish(hooks.TITLES[s.way])
 
 
 if __name__ == "__main__":
-    run_command(Options, train, __file__, __doc__)
+    command.build(DEFAULTS, QUICK, train, __file__, __doc__)()

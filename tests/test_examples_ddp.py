@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from common.journal import parameter_hash
+from common.result import parameter_hash
 from helpers.example_ranks import EXAMPLES, ROOT, as_under_torchrun, fetch_digits
 from helpers.ranks import run_ranks
 

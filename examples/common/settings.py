@@ -1,38 +1,30 @@
-"""The options that the examples share; each example adds its own in a subclass."""
+"""The options that the examples share; each adds its own in a subclass, and says its defaults in an instance."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
+import numpy as np
 from typer import Option
 
-from common.delays import Delays
-
-# Types of options whose default is the example's.
-Steps = Annotated[int, Option(help="Updates of the parameters.")]
-EvalEvery = Annotated[int, Option(help="Steps between two evaluations; a checkpoint is written at each.")]
-BatchSize = Annotated[int, Option(help="Samples per worker and step.")]
-LearningRate = Annotated[float, Option(help="Peak learning rate.")]
-SlowShiftS = Annotated[float, Option(help="Seconds by which the slow worker is delayed at least.")]
-SlowWaitS = Annotated[float, Option(help="Mean of its exponential delay on top, seconds.")]
-Out = Annotated[Path, Option(help="Where journals, checkpoints, curves and results go.")]
-
-DEADLINE_FACTOR = 1.5  # more: fewer workers are late; less: steps are shorter
+from common.delays import PROMPT_WAIT_S, Delays
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every example lets you choose."""
 
-    steps: Steps
-    eval_every: EvalEvery
-    batch_size: BatchSize
-    lr: LearningRate
-    slow_shift_s: SlowShiftS
-    slow_wait_s: SlowWaitS
-    out: Out
-    way: str = "qgc"  # of common.ways.TITLES; the command line takes several
+    steps: Annotated[int, Option(help="Updates of the parameters.")]
+    eval_every: Annotated[int, Option(help="Steps between two evaluations; each is followed by a checkpoint.")]
+    batch_size: Annotated[int, Option(help="Samples per worker and step.")]
+    lr: Annotated[float, Option(help="Peak learning rate.")]
+    slow_shift_s: Annotated[float, Option(help="Seconds by which the slow worker is delayed at least.")]
+    slow_wait_s: Annotated[float, Option(help="Mean of its exponential delay on top, seconds.")]
+    out: Annotated[Path, Option(help="Where checkpoints, curves and results go.")]
+    way: str = "qgc"  # of common.hooks.TITLES; the command line takes several
     workers: Annotated[int, Option(help="Processes on this machine.")] = 4
     deadline_s: Annotated[
         float | None,
@@ -45,14 +37,8 @@ class Settings:
     seed: Annotated[int, Option(help="Of the parameters, the data's order, the delays and the codec.")] = 0
     data_dir: Annotated[Path, Option(help="Where downloads are kept.")] = Path("data")
     resume: Annotated[bool, Option("--resume", help="Go on from the checkpoint in --out.")] = False
-    quick: Annotated[bool, Option("--quick", help="A few small steps: everything runs, nothing is learnt.")] = False
-
-    QUICK: ClassVar[dict[str, Any]] = {}  # what --quick changes
 
     def __post_init__(self) -> None:
-        if self.quick:
-            for name, value in self.QUICK.items():
-                object.__setattr__(self, name, value)
         if self.steps < 1 or self.eval_every < 1 or self.steps % self.eval_every:
             raise ValueError(
                 f"--steps: expected a multiple of --eval-every, so that the last step is evaluated; got {self.steps} "
@@ -61,10 +47,12 @@ class Settings:
 
     @property
     def delays(self) -> Delays:
-        """The delays, the same for every way."""
-        shift_s, wait_s = self.slow_shift_s, self.slow_wait_s
-        return Delays.one_slow(
-            self.workers, slow_worker=self.slow_worker, shift_s=shift_s, wait_s=wait_s, seed=self.seed
+        """The delays, the same for every way: one worker is slow, the others wait a hundredth of a second."""
+        slow = np.arange(self.workers) == self.slow_worker
+        return Delays(
+            shift_s=tuple(np.where(slow, self.slow_shift_s, 0.0).tolist()),
+            wait_s=tuple(np.where(slow, max(self.slow_wait_s, PROMPT_WAIT_S), PROMPT_WAIT_S).tolist()),
+            seed=self.seed,
         )
 
     @property
@@ -72,21 +60,10 @@ class Settings:
         """Where this way's files go."""
         return self.out / self.way
 
-    def coding(self, compute_s: float) -> dict[str, Any]:
-        """Return QGCState's arguments.
-
-        Args:
-            compute_s: what a step's forward and backward pass take without delays. The deadline follows from it unless
-                one is chosen, and a first guess of how often each worker will be late; the job measures the rest.
-        """
-        deadline_s = DEADLINE_FACTOR * compute_s if self.deadline_s is None else self.deadline_s
-        return {
-            "straggle_probs": self.delays.missed_rounds(deadline_s, compute_s).tolist() if deadline_s else None,
-            "bits_per_coordinate": self.bits,
-            "downlink_bits": self.downlink_bits,
-            "deadline_s": deadline_s or None,
-            "seed": self.seed,
-        }
+    def deadline(self, compute_s: float) -> float | None:
+        """Return when steps close, given what forward and backward pass take without delays; None: never."""
+        usual_s = 1.5 * compute_s  # more: fewer workers are late; less: steps are shorter
+        return usual_s if self.deadline_s is None else self.deadline_s or None
 
     def arguments(self) -> list[str]:
         """Return the command line that makes these settings."""
@@ -98,3 +75,13 @@ class Settings:
             elif value is not None:
                 words += [option, str(value)]
         return words
+
+
+def warmup_cosine(total_steps: int, *, warmup_fraction: float = 0.1) -> Callable[[int], float]:
+    """Return the factor on the learning rate, for LambdaLR: a linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(warmup_fraction * total_steps))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps)))
+
+    return factor

@@ -2,19 +2,18 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from common import closing, journal
-from common.launcher import launch, progress_bar
-from common.plots import curves
-from common.result import JobResult
+from common.launcher import launch
+from common.result import Result, show
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from torch import nn
 
 from detection import evaluation, plots, report
+from detection.curves import curves
 from detection.data import CocoImages, held_by_workers, labels_only_at
 from detection.model import build_model
 from detection.report import Outcome
@@ -30,29 +29,24 @@ def run(script: Path, shared: Settings, jobs: Sequence[str], console: Console) -
     data = CocoImages(shared.data, "train")
     held = held_by_workers(data, shared)
     _, total_steps = shared.schedule(len(held[0]))
-    with progress_bar(console) as progress:
-        results = [
-            train(script, dataclasses.replace(shared, job=job, folder=shared.folder / job), total_steps, progress)
-            for job in jobs
-        ]
+    results = [
+        train(script, dataclasses.replace(shared, job=job, folder=shared.folder / job), total_steps, console)
+        for job in jobs
+    ]
     val = CocoImages(shared.data, "val", limit=VAL_IMAGES)
     slow_labels = labels_only_at(data, held, SLOW_WORKER)
-    outcomes = evaluate(shared, results, val, slow_labels, console)
-    curves({"validation loss": {o.title: o.curve for o in outcomes}}, shared.folder / "loss_vs_time.png")
-    models = {o.title: _load(shared, val, shared.folder / o.result.job / "model.pt") for o in outcomes}
+    outcomes = evaluate(shared, dict(zip(jobs, results)), val, slow_labels, console)
+    curves({"validation loss": {o.result.title: o.curve for o in outcomes}}, shared.folder / "loss_vs_time.png")
+    models = {o.result.title: _load(shared, val, shared.folder / job / "model.pt") for job, o in zip(jobs, outcomes)}
     plots.detections(models, val, shared.folder / "detections.png", count=PICTURED)
     slow_names = [val.categories[label - 1] for label in slow_labels]
     (shared.folder / "report.md").write_text(report.markdown(outcomes, shared, slow_names))
-    console.print(report.table(outcomes, slow_names))
-    for outcome in outcomes:
-        if outcome.result.plan:
-            console.rule(outcome.title)
-            closing.show(outcome.result, console)
+    show(results, console, report.rows(outcomes, slow_names))
     console.print(f"Figures and report: {shared.folder}")
     return outcomes
 
 
-def train(script: Path, settings: Settings, total_steps: int, progress: Progress) -> JobResult:
+def train(script: Path, settings: Settings, total_steps: int, console: Console) -> Result:
     """Train one job, or take its result if it had ended before the comparison was resumed."""
     if not settings.resume:
         shutil.rmtree(settings.folder, ignore_errors=True)
@@ -64,27 +58,27 @@ def train(script: Path, settings: Settings, total_steps: int, progress: Progress
             settings.folder,
             workers=settings.workers,
             title=settings.variant.title,
-            total_steps=total_steps,
-            progress=progress,
+            steps=total_steps,
+            console=console,
         )
-    return JobResult.load(settings.folder)
+    return Result.load(settings.folder)
 
 
 def evaluate(
     shared: Settings,
-    results: Sequence[JobResult],
+    results: Mapping[str, Result],
     val: CocoImages,
     slow_labels: Sequence[int],
     console: Console,
 ) -> list[Outcome]:
     """Compute validation losses along the way, and AP50 at the end and when the fastest job ended."""
     torch.set_num_threads(1)  # for so small a model more threads only wait for each other
-    equal_s = min(result.wall_s for result in results)
+    equal_s = min(result.wall_s for result in results.values())
     outcomes = []
-    for result in track(results, "Evaluating", console=console, transient=True):
-        folder = shared.folder / result.job
+    for job, result in track(results.items(), "Evaluating", console=console, transient=True):
+        folder = shared.folder / job
         curve, best_early = [], None
-        for snapshot in journal.snapshots(folder):
+        for snapshot in evaluation.snapshots(folder):
             model = _load(shared, val, snapshot["model"])
             loss = evaluation.validation_loss(model, val, images=LOSS_IMAGES)
             curve.append((snapshot["step"], snapshot["time_s"], loss))
@@ -97,7 +91,6 @@ def evaluate(
         outcomes.append(
             Outcome(
                 result=result,
-                title=dataclasses.replace(shared, job=result.job).variant.title,
                 curve=curve,
                 ap50=evaluation.ap50(val, found),
                 ap50_slow=evaluation.ap50(val, found, slow_labels),

@@ -3,15 +3,46 @@
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common.files import replacing
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from detection.data import CocoImages, collate
+
+
+class Snapshots:
+    """Models kept along the way, to be judged when training is over.
+
+    Args:
+        folder: where they are kept, in `snapshot<step>.pt`.
+        every: a model is kept about every so many steps.
+        step: at which the job goes on; what an interrupted run kept of later steps is dropped.
+    """
+
+    def __init__(self, folder: Path, *, every: int, step: int = 0) -> None:
+        self._folder, self._every, self._last = folder, every, step
+        for path in folder.glob("snapshot*.pt"):
+            if int(path.stem.removeprefix("snapshot")) > step:
+                path.unlink(missing_ok=True)
+
+    def take(self, model: nn.Module, step: int, time_s: float) -> None:
+        """Keep the model if it is time to."""
+        if step >= self._last + self._every:
+            self._last = step
+            with replacing(self._folder / f"snapshot{step:06d}.pt") as path:
+                torch.save({"step": step, "time_s": time_s, "model": model.state_dict()}, path)
+
+
+def snapshots(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the models kept along the way: `step`, `time_s`, `model` (a state dict)."""
+    for path in sorted(folder.glob("snapshot*.pt")):
+        yield torch.load(path, weights_only=True)
 
 
 @torch.no_grad()

@@ -19,6 +19,16 @@ from common import digits as handwriting
 from common import packages
 from PIL import Image
 
+PACKAGE = "deepforest==2.1.0"  # 20.6 MB; aerial photos of the NEON sites with human-drawn tree boxes
+PHOTOS = tuple(
+    f"deepforest/data/{name}"
+    for name in (
+        "2019_YELL_2_528000_4978000_image_crop2",
+        "2019_YELL_2_541000_4977000_image_crop",
+        "OSBS_029",
+        "SOAP_061",
+    )
+)
 SITE_DIGITS = ((0, 1, 2), (3, 4, 5), (6, 7), (8, 9))  # what each site's images contain; the last site is slow
 DIGITS_PER_IMAGE = (1, 3)  # more make the task harder
 DIMMED = 0.6  # brightness that photos keep, so that the writing stands out
@@ -42,7 +52,7 @@ def digits(data: Path, *, seed: int = 0) -> Path:
     """Render the digit data set under `data`, or find it there; returns its directory."""
 
     def parts() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        photos = packages.fetch(packages.DEEPFOREST, [f"{p}.png" for p in packages.PHOTOS], data / "packages")
+        photos = packages.fetch(PACKAGE, [f"{p}.png" for p in PHOTOS], data / "packages")
         return [_pixels(photo) for photo in photos], *handwriting.load(data)
 
     def render(folder: Path) -> None:
@@ -59,8 +69,8 @@ def trees(data: Path) -> Path:
     """Cut the photos into tiles under `data`, or find them there; returns the directory."""
 
     def render(folder: Path) -> None:
-        members = [f"{photo}{suffix}" for photo in packages.PHOTOS for suffix in (".png", ".xml")]
-        files = packages.fetch(packages.DEEPFOREST, members, data / "packages")
+        members = [f"{photo}{suffix}" for photo in PHOTOS for suffix in (".png", ".xml")]
+        files = packages.fetch(PACKAGE, members, data / "packages")
         photos = [(_pixels(png), _drawn_boxes(xml)) for png, xml in zip(files[::2], files[1::2])]
         for split in ("train", "val"):
             write_coco(folder, split, tree_pictures(photos, split=split), ["tree"])

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from common.closing import agreement, mebibytes
-from common.result import JobResult
-from rich.table import Table
+from common import result
+from common.result import Result
 
 from detection.settings import Settings
 
@@ -21,8 +20,7 @@ class Outcome:
         loss_equal_time, ap50_equal_time: when the fastest job had ended.
     """
 
-    result: JobResult
-    title: str
+    result: Result
     curve: Sequence[tuple[int, float, float]]
     ap50: float
     ap50_slow: float
@@ -40,58 +38,35 @@ def rows(outcomes: Sequence[Outcome], slow_names: Sequence[str]) -> list[tuple[s
     """Return the table's rows: what it is, and its value for each job."""
     slow = f"AP50, slow worker's own ({', '.join(slow_names)})" if slow_names else "AP50, slow worker's own"
     return [
-        (name, [text(outcome) for outcome in outcomes])
-        for name, text in {
-            "wall time": lambda o: f"{o.result.wall_s:.0f} s",
-            "time per step": lambda o: f"{1000 * o.result.wall_s / o.result.steps:.0f} ms",
-            "steps": lambda o: str(o.result.steps),
-            "steps computed, by worker": lambda o: _percent(r.computed_steps / r.steps for r in o.result.ranks),
-            "gradients used per step, by worker": lambda o: _percent(o.result.contributions),
-            "bytes sent per worker and step": _bytes_sent,
-            "validation loss at the end": lambda o: f"{o.curve[-1][2]:.2f}",
-            "validation loss at equal time": lambda o: f"{o.loss_equal_time:.2f}",
-            "AP50 at equal time": lambda o: f"{o.ap50_equal_time:.3f}",
-            "AP50": lambda o: f"{o.ap50:.3f}",
-            slow: lambda o: "–" if math.isnan(o.ap50_slow) else f"{o.ap50_slow:.3f}",
-            "parameters of all workers": lambda o: agreement(o.result),
-        }.items()
+        *result.rows([outcome.result for outcome in outcomes]),
+        *(
+            (name, [text(outcome) for outcome in outcomes])
+            for name, text in {
+                "validation loss at the end": lambda o: f"{o.curve[-1][2]:.2f}",
+                "validation loss at equal time": lambda o: f"{o.loss_equal_time:.2f}",
+                "AP50 at equal time": lambda o: f"{o.ap50_equal_time:.3f}",
+                "AP50": lambda o: f"{o.ap50:.3f}",
+                slow: lambda o: "–" if math.isnan(o.ap50_slow) else f"{o.ap50_slow:.3f}",
+            }.items()
+        ),
     ]
-
-
-def _percent(values) -> str:
-    return " ".join(f"{100 * value:.0f}" for value in values) + " %"
-
-
-def _bytes_sent(outcome: Outcome) -> str:
-    sent = outcome.result.sent_bytes_per_step
-    return f"{mebibytes(sent)} ({sent / outcome.result.fp32_bytes:.2f} x fp32)"
-
-
-def table(outcomes: Sequence[Outcome], slow_names: Sequence[str]) -> Table:
-    """Return the table for the terminal."""
-    shown = Table(title="The same data, seeds and delays")
-    shown.add_column("")
-    for outcome in outcomes:
-        shown.add_column(outcome.title, justify="right")
-    for name, values in rows(outcomes, slow_names):
-        shown.add_row(name, *values)
-    return shown
 
 
 def markdown(outcomes: Sequence[Outcome], s: Settings, slow_names: Sequence[str]) -> str:
     """Return the text of report.md."""
-    head = ["", *(outcome.title for outcome in outcomes)]
+    head = ["", *(outcome.result.title for outcome in outcomes)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(outcomes)]
     lines += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows(outcomes, slow_names)]
     held = {
         "local": "every worker trains on its own images",
         "shuffled": "images are spread over the workers at random",
     }[s.placement]
+    delays = ", ".join(f"{shift:.2f} + Exp({wait:.2f})" for shift, wait in zip(s.delays.shift_s, s.delays.wait_s))
     return f"""# A detector trained on unequal workers
 
 SSDLite with MobileNetV3-{s.backbone} at {s.size} px, {s.workers} processes on this machine,
 {s.batch_size} images per worker and step, Adam; {held}. Seconds by which each worker is delayed in a
-step (shifted exponential; the same draws for every job): {s.delays}.
+step (shifted exponential; the same draws for every job): {delays}.
 Steps of the coded jobs close after {s.deadline_s:g} s.
 
 {chr(10).join(lines)}

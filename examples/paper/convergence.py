@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.files import replacing
 from torch import nn
 
 from paper.config import Cluster, Experiments, Panel, Workload
@@ -94,7 +95,6 @@ def result(job: Job, out: Path) -> dict[str, Any] | None:
 
 def execute(pending: Sequence[Job], out: Path, data_dir: Path, *, processes: int) -> Iterator[Job]:
     """Run jobs and yield them as they end."""
-    (out / "runs").mkdir(parents=True, exist_ok=True)
     if processes == 1:
         for job in pending:
             _run(job, out, data_dir)
@@ -131,7 +131,7 @@ def _run(job: Job, out: Path, data_dir: Path) -> None:
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         trained[:] = [model]
-        return dict(task.judge(model))
+        return {"loss": task.judge(model)}
 
     trace = simulator.simulate(
         network,
@@ -153,10 +153,8 @@ def _run(job: Job, out: Path, data_dir: Path) -> None:
     record = {"settings": job.settings, **_summary(trace)}
     if task.examine is not None:
         record["examined"] = dict(task.examine(trained[0]))
-        torch.save(trained[0].state_dict(), out / "runs" / f"{job.name}.pt")
-    path = out / "runs" / f"{job.name}.json"
-    path.with_suffix(".partial").write_text(json.dumps(record))
-    path.with_suffix(".partial").replace(path)
+    with replacing(out / "runs" / f"{job.name}.json") as path:
+        path.write_text(json.dumps(record))
 
 
 def _scheme(job: Job) -> Any:
@@ -171,58 +169,59 @@ def _summary(trace: simulator.Trace) -> dict[str, Any]:
     """Return what the tables need of a trace of one run."""
     steps = trace.evaluation_steps
     sent = np.concatenate([[0], trace.total_bits[0]])
-    residual = trace.residual[0][np.isfinite(trace.residual[0])]
     return {
-        "step": steps.tolist(),
         "loss": trace.evaluations["loss"][0].tolist(),
-        "validation": float(trace.evaluations["validation"][0, -1]),
         "total_bits": sent[steps].tolist(),
-        "residual": float(np.median(residual)) if len(residual) else float("nan"),
-        "bits_per_step": float(trace.bits_sent[0].mean()),
-        "arrived": float(trace.arrivals[0].mean()),
-        "round_s": float(trace.virtual_time_s[0, -1] / trace.steps),
     }
 
 
 # ------------------------------------------------------------------------------------------------ tables
 def run_rows(found: Iterable[tuple[Job, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield a row of tables.RUN_FIELDS for each result."""
+    """Yield what tables.summarize takes of each result."""
     for job, record in found:
         losses = np.array(record["loss"])
         last = max(1, round(LAST * len(losses)))
-        yield {
-            **_key(job),
-            "run": job.run,
-            "initial_loss": float(losses[0]),
-            "mean_loss": float(losses.mean()),
-            "final_loss": float(losses[-last:].mean()),
-            **{name: record[name] for name in ("validation", "residual", "bits_per_step", "arrived", "round_s")},
-        }
+        final = float(losses[-last:].mean())
+        yield {**_key(job), "initial_loss": float(losses[0]), "mean_loss": float(losses.mean()), "final_loss": final}
 
 
 def curve_rows(found: Iterable[tuple[Job, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield rows of tables.CURVE_FIELDS: the runs of each curve put together."""
-    curves: dict[str, list[tuple[Job, dict[str, Any]]]] = {}
+    """Yield what tables.at_equal_bits takes: the mean over runs of each scheme's curve."""
+    curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for job, record in found:
-        curves.setdefault(job.name.rsplit("-", 1)[0], []).append((job, record))
-    for members in curves.values():
-        losses = np.array([record["loss"] for _, record in members])  # [runs, points]
-        bits = np.mean([record["total_bits"] for _, record in members], axis=0)
-        for i, step in enumerate(members[0][1]["step"]):
-            at = {"loss": losses[:, i].mean(), "lowest": losses[:, i].min(), "highest": losses[:, i].max()}
-            at = {name: float(value) for name, value in at.items()}
-            yield {**_key(members[0][0]), "step": step, "total_bits": float(bits[i]), **at}
+        curves.setdefault((job.quantizer, job.scheme), []).append(record)
+    for (quantizer, scheme), records in curves.items():
+        bits, losses = (np.mean([record[name] for record in records], axis=0) for name in ("total_bits", "loss"))
+        for spent, loss in zip(bits.tolist(), losses.tolist()):
+            yield {"quantizer": quantizer, "scheme": scheme, "total_bits": spent, "loss": loss}
+
+
+def largest_share(experiments: Experiments, row: Mapping[str, Any], runs: int) -> float:
+    """Return the share of the data that our plan gives to one worker, mean over runs."""
+    shares = []
+    for run in range(runs):
+        job = Job(
+            **_job(experiments, row["panel"]), scheme="qgc", run=run, bits=row["bits"], quantizer=row["quantizer"]
+        )
+        shares.append(_scheme(job).shares.max())
+    return float(np.mean(shares))
+
+
+def _job(experiments: Experiments, key: str) -> dict[str, Any]:
+    panel = experiments.panel(key)
+    return {"panel": panel, "workload": experiments.workloads[panel.workload]}
 
 
 def detection_rows(found: Iterable[tuple[Job, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Yield a row of tables.DETECTION_FIELDS for each result whose model was examined."""
     for job, record in found:
         if "examined" in record:
-            yield {**_key(job), "run": job.run, **record["examined"]}
+            yield {**_key(job), **record["examined"]}
 
 
 def _key(job: Job) -> dict[str, Any]:
-    return {"panel": job.panel.key, "bits": job.bits, "quantizer": job.quantizer, "scheme": job.scheme}
+    names = ("bits", "quantizer", "scheme", "run")
+    return {"panel": job.panel.key, **{name: getattr(job, name) for name in names}}
 
 
 def collect(found: Iterable[Job], out: Path) -> list[tuple[Job, dict[str, Any]]]:

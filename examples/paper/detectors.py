@@ -21,7 +21,7 @@ from paper.task import Task, device_of
 JUDGED = 32  # training images over which the loss is taken
 EXAMINED = 200  # validation images over which detections are counted
 SIDE = 96  # pixels of the small detector's input
-SHOWN_SCORE = 0.3  # boxes below it are neither drawn nor counted
+SHOWN_SCORE = 0.3  # boxes below it are not counted
 HIT_IOU = 0.5
 
 Images = Dataset[tuple[Tensor, Target]]
@@ -35,7 +35,6 @@ class Digits(Images):
 
     def __init__(self, images: CocoImages) -> None:
         self._items = [(image, {**t, "labels": torch.ones_like(t["labels"])}) for image, t in images]
-        self.categories = ["digit"]
 
     def __len__(self) -> int:
         return len(self._items)
@@ -88,11 +87,10 @@ def _task(build: Callable[[], nn.Module], train: Any, val: Any) -> Task:
         judge=partial(_judge, batch),
         collate=collate,
         examine=partial(examine, val),
-        pictures=val,
     )
 
 
-def _judge(batch: Any, network: nn.Module) -> Mapping[str, float]:
+def _judge(batch: Any, network: nn.Module) -> float:
     was_training = network.training
     network.train()  # torchvision's detectors compute losses in training only
     for module in network.modules():
@@ -101,7 +99,7 @@ def _judge(batch: Any, network: nn.Module) -> Mapping[str, float]:
     with torch.no_grad():
         loss = float(detection_loss(network, batch))
     network.train(was_training)
-    return {"loss": loss, "validation": float("nan")}  # see `examine`
+    return loss
 
 
 # ----------------------------------------------------------------------------------------------- Fig. 4

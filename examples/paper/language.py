@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from paper.task import Task, device_of, judging
 
-JUDGED = 64  # windows over which losses are taken
+JUDGED = 64  # windows over which the loss is taken
 
 
 def text(data_dir: Path) -> Task:
@@ -35,13 +34,12 @@ def language_loss(network: nn.Module, batch: Tensor) -> Tensor:
 
 
 def _task(vocabulary: str, data_dir: Path, *, context: int, **size: int) -> Task:
-    train, held_out, tokens = windows("stdlib", vocabulary, context + 1, data_dir)
-    parts = [_some(data) for data in (train, held_out)]
+    train, _, tokens = windows("stdlib", vocabulary, context + 1, data_dir)
+    some = _some(train)
 
-    def judge(network: nn.Module) -> Mapping[str, float]:
+    def judge(network: nn.Module) -> float:
         with judging(network):
-            losses = [float(language_loss(network, part)) for part in parts]
-        return {"loss": losses[0], "validation": losses[1]}
+            return float(language_loss(network, some))
 
     return Task(
         build=partial(_gpt2, tokens, context, **size),

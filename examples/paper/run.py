@@ -4,8 +4,8 @@
     python examples/paper/run.py --figure 2a --figure 1   some of them
     python examples/paper/run.py --scale paper --data-dir DIR      COCO (in DIR/coco), 50 runs: for a GPU; not run yet
 
-Finished jobs are kept in OUT/runs and not run again, so an interrupted command goes on where it was. Tables, figures
-and the report are made anew from what is there; --publish puts them where the documentation has them.
+Finished jobs are kept in OUT/runs and not run again, so an interrupted command goes on where it was. Tables, figure and
+report are made anew from what is there; --publish puts them where the documentation has them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the examples,
 
 from common.packages import DownloadError
 
-from paper import allocators, config, convergence, detections, plots, report, tables
-from paper.checks import Tables
+from paper import allocators, config, convergence, plot, report, tables
+from paper.config import Experiments
 from paper.convergence import Job
 from torch_qgc.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALLOCATION = "1"
-BITS = "3f"  # drawn from 2a's runs
+BITS = "3f"  # made from 2a's runs
 MADE_FROM = {BITS: "2a"}
 
 
@@ -43,10 +44,10 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Rounds, instead of the config's.")] = None,
     processes: Annotated[int, typer.Option(help="Runs computed at the same time; 1 with a GPU.")] = 2,
     data_dir: Annotated[Path, typer.Option(help="Where downloads are kept, and COCO is looked for.")] = Path("data"),
-    out: Annotated[Path, typer.Option(help="Where results, tables, figures and the report go.")] = Path("demo/paper"),
+    out: Annotated[Path, typer.Option(help="Where results, tables, figure and report go.")] = Path("demo/paper"),
     publish: Annotated[bool, typer.Option("--publish", help="Copy them into docs and benchmarks/results.")] = False,
 ) -> None:
-    """Run experiments, then write tables, figures and the report."""
+    """Run experiments, then write tables, figure and report."""
     console = Console()
     torch.set_num_threads(1)
     try:
@@ -60,23 +61,20 @@ def main(
             _allocate(experiments, out, console)
         panels = [panel.key for panel in experiments.panels if panel.key in chosen]
         _simulate(convergence.jobs(experiments, panels), out, data_dir, processes, console)
-        made = write_all(experiments, out, data_dir)
+        write_all(experiments, out)
     except (ConfigError, DownloadError, FileNotFoundError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     if publish:
-        _publish(out)
-    console.print(f"{len(made)} figures, tables and the report: {out}")
+        _publish(experiments, out)
+    console.print(f"Tables, figure and report: {out}")
 
 
-def _allocate(experiments: config.Experiments, out: Path, console: Console) -> None:
+def _allocate(experiments: Experiments, out: Path, console: Console) -> None:
     path = out / "paper_allocators.csv"
-    if path.exists():
-        return
-    rows = allocators.rows(
-        experiments.allocation, lambda it: track(it, "Fig. 1: allocating", console=console, transient=True)
-    )
-    tables.write(path, allocators.FIELDS, rows)
+    if not path.exists():
+        shown = partial(track, description="Fig. 1: allocating", console=console, transient=True)
+        tables.write(path, allocators.FIELDS, allocators.rows(experiments.allocation, shown))
 
 
 def _simulate(found: list[Job], out: Path, data_dir: Path, processes: int, console: Console) -> None:
@@ -92,51 +90,31 @@ def _simulate(found: list[Job], out: Path, data_dir: Path, processes: int, conso
         console.print(f"{len(pending)} of {len(found)} simulations in {elapsed_s:.0f} s, {processes} at a time")
 
 
-def write_all(experiments: config.Experiments, out: Path, data_dir: Path) -> list[Path]:
-    """Write tables, figures and the report from the results in `out`; return the figures."""
-    panels = [panel.key for panel in experiments.panels]
-    found = convergence.collect(convergence.jobs(experiments, panels), out)
-    tables.write(out / "paper_runs.csv", tables.RUN_FIELDS, convergence.run_rows(found))
-    tables.write(out / "paper_curves.csv", tables.CURVE_FIELDS, convergence.curve_rows(found))
+def write_all(experiments: Experiments, out: Path) -> None:
+    """Write tables, figure and report from the results in `out`."""
+    found = convergence.collect(convergence.jobs(experiments, [panel.key for panel in experiments.panels]), out)
+    runs, share = convergence.run_rows(found), partial(convergence.largest_share, experiments)
+    of_2a = [(job, record) for job, record in found if job.panel.key == MADE_FROM[BITS]]
+    tables.write(out / "paper_schemes.csv", tables.SCHEME_FIELDS, tables.summarize(runs, share))
+    tables.write(out / "paper_bits.csv", tables.BITS_FIELDS, tables.at_equal_bits(convergence.curve_rows(of_2a)))
     tables.write(out / "paper_detections.csv", tables.DETECTION_FIELDS, convergence.detection_rows(found))
-    allocation = out / "paper_allocators.csv"
-    read = Tables(
-        runs=tables.Runs(tables.read(out / "paper_runs.csv")),
-        allocation=tables.read(allocation) if allocation.exists() else (),
-        curves=tables.read(out / "paper_curves.csv"),
-        detections=tables.read(out / "paper_detections.csv"),
-    )
-    made = _draw(experiments, read, out, data_dir)
-    (out / "paper.md").write_text(report.markdown(experiments, read, [path.name for path in made]))
-    return made
+    report_on(experiments, out, pictures=out, page=out / "paper.md")
 
 
-def _draw(experiments: config.Experiments, read: Tables, out: Path, data_dir: Path) -> list[Path]:
-    made = []
-    if read.allocation:
-        made.append(out / "paper_1.png")
-        plots.allocation(read.allocation, made[-1])
-    for panel in experiments.panels:
-        rows = [row for row in read.curves if row["panel"] == panel.key]
-        if any(row["quantizer"] for row in rows):
-            made.append(out / f"paper_{panel.key}.png")
-            plots.convergence(rows, panel.heading, made[-1])
-    rows = [row for row in read.curves if row["panel"] == MADE_FROM[BITS]]
-    if any(row["quantizer"] for row in rows):
-        made.append(out / f"paper_{BITS}.png")
-        plots.convergence(rows, f"Fig. {BITS}: loss against bits sent", made[-1], over="total_bits")
-    if detections.picture(experiments, out, data_dir, out / "paper_4_pictures.png"):
-        made.append(out / "paper_4_pictures.png")
-    return made
+def report_on(experiments: Experiments, folder: Path, *, pictures: Path, page: Path) -> None:
+    """Draw the figure and write the report from the tables in `folder`."""
+    read = report.read(folder)
+    if read.schemes.rows:
+        plot.final_losses(experiments, read.schemes, pictures / report.PICTURE)
+    page.write_text(report.markdown(experiments, read))
 
 
-def _publish(out: Path) -> None:
-    """Copy the report to docs, figures to docs/pictures and tables to benchmarks/results."""
-    shutil.copy(out / "paper.md", ROOT / "docs")
-    for path in out.glob("paper_*.png"):
-        shutil.copy(path, ROOT / "docs" / "pictures")
+def _publish(experiments: Experiments, out: Path) -> None:
+    """Copy the tables to benchmarks/results, and make the documentation's page and picture of them."""
+    results = ROOT / "benchmarks" / "results"
     for path in out.glob("paper_*.csv"):
-        shutil.copy(path, ROOT / "benchmarks" / "results")
+        shutil.copy(path, results)
+    report_on(experiments, results, pictures=ROOT / "docs" / "pictures", page=ROOT / "docs" / "paper.md")
 
 
 if __name__ == "__main__":

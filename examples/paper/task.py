@@ -21,19 +21,16 @@ class Task:
         loss: (network, batch) -> scalar, the mean over the batch's samples.
         train: map-style data set.
         collate: from samples to a batch; None: torch's.
-        judge: network -> {"loss": over a fixed part of the training data, "validation": on other data, accuracy of
-            classifiers and loss of language models}.
-        examine, pictures: trained network -> what Fig. 4 reports of it, and the images it is drawn on; None: not a
-            detector.
+        judge: network -> loss over a fixed part of the training data.
+        examine: trained network -> what Fig. 4 reports of it; None: not a detector.
     """
 
     build: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Any], Tensor]
     train: Dataset[Any]
-    judge: Callable[[nn.Module], Mapping[str, float]]
+    judge: Callable[[nn.Module], float]
     collate: Callable[[list[Any]], Any] | None = None
     examine: Callable[[nn.Module], Mapping[str, float]] | None = None
-    pictures: Any = None
 
 
 def device_of(network: nn.Module) -> torch.device:
