@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD
     from torch_qgc.ddp.rendezvous import Network
     from torch_qgc.ddp.settings import Limits
-    from torch_qgc.ddp.state import QGCState, qgc_hook
+    from torch_qgc.ddp.state import QGCState, attach, qgc_hook
     from torch_qgc.errors import (
         CodecError,
         ConfigError,
@@ -38,13 +38,14 @@ __all__ = [
     "QGCError",
     "QGCState",
     "Refused",
+    "attach",
     "make_plan",
     "qgc_hook",
 ]
 
 # Imported when first asked for: an aggregator and `qgc plan` need no torch, which takes seconds to load.
 _MODULES = {
-    "ddp.state": ("QGCState", "qgc_hook"),
+    "ddp.state": ("QGCState", "attach", "qgc_hook"),
     "ddp.optim": ("CodedAdam", "CodedAdamW", "CodedSGD"),
     "planner": ("Plan", "make_plan"),
     "ddp.rendezvous": ("Network",),

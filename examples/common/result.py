@@ -73,7 +73,7 @@ def gather(title: str, model: nn.Module, curve: list[Row], state: qgc.QGCState |
     used, plan, ring_bytes = [1.0] * workers, "", 2 * (workers - 1) / workers * 4 * numel * part_of_fp32
     mine = {"late": 0.0, "computed": 1.0, "sent": ring_bytes, "received": ring_bytes}
     if state:
-        report, closing = state.report(), state.rule.deadline_s
+        report, closing = state.report(), state.replica.spec.rule.deadline_s
         used, steps = report.contributions.tolist(), max(report.steps, 1)
         late, computed = report.late_steps + report.replayed_steps, report.computed_steps
         counts = {"late": late, "computed": computed, "sent": report.bytes_sent, "received": report.bytes_received}

@@ -63,8 +63,7 @@ class Aggregator:
             elif isinstance(message, messages.Hello):
                 self._hello(peer, message, frames[1:], now)
             elif worker is not None and self.job is not None:
-                if not self.job.receive(worker, message, frames[1:], now):
-                    self._lobby.remove(peer)
+                self.job.receive(worker, message, frames[1:], now)
                 self._collect()
             elif not self._lobby.is_waiting(peer):
                 self._send(peer, messages.Introduce())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import RoundDecoder
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.events import Event, Trace, silent
@@ -66,7 +67,9 @@ class Job:
             trace=trace,
         )
         self._decoder = RoundDecoder(spec, plan, threads)
-        self._hashes: dict[int, dict[int, str]] = {}
+        self._agreement = Agreement()
+        self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
+        self._has_been_late: set[int] = set()
         self._trace = trace
 
     # --- members come and go ----------------------------------------------------------------------------
@@ -89,6 +92,8 @@ class Job:
 
     def lost(self, worker: int, now: float) -> None:
         """Note that a worker has vanished: an immediate erasure, or the end of the job if the rule says so."""
+        if worker in self._left_at:
+            return  # it has said goodbye
         self.stats["lost_workers"] += 1
         self.rounds.leave(worker, now, "lost")
         if self.failed is not None:
@@ -102,6 +107,7 @@ class Job:
             )
             return
         self._send(EVERYBODY, messages.Gone(worker, "lost"))
+        self._settle_agreement(now)
         self.close_due(now)
 
     def fail(self, text: str, now: float) -> None:
@@ -114,34 +120,34 @@ class Job:
 
     # --- one message of a member ------------------------------------------------------------------------
 
-    def receive(self, worker: int, message: messages.FromWorker, rest: Sequence[Frame], now: float) -> bool:
-        """Take one message; tell whether the worker is still in.
+    def receive(self, worker: int, message: messages.FromWorker, rest: Sequence[Frame], now: float) -> None:
+        """Take one message. A worker that has said goodbye still hears what becomes of the job.
 
         Raises:
             ProtocolError, CodecError: it is dropped.
         """
         match message:
-            case messages.Begin(step):
-                if self.rounds.begin(worker, step, now):
-                    self._send(EVERYBODY, messages.Started(step, 0.0))
+            case messages.Begin():
+                self._begin(worker, message, now)
                 self.close_due(now)
             case messages.Push():
                 self._push(worker, message, rest, now)
                 self.close_due(now, [message.chunk])
             case messages.Fetch(step, chunk):
                 self._fetch(worker, step, chunk)
-            case messages.Hash(step, digest):
-                self._compare(worker, step, digest, now)
+            case messages.Hash(step, parts):
+                self._agreement.state(worker, step, parts)
+                self._settle_agreement(now)
+            case messages.Mark():
+                self._agreement.mark(worker, message)
+                self._settle_agreement(now)
             case messages.Fault(step, text):
                 self.fail(f"worker {worker} failed at step {step}: {text}", now)
-            case messages.Bye():
-                self.rounds.leave(worker, now)
-                self._send(EVERYBODY, messages.Gone(worker, "left"))
+            case messages.Bye(step):
+                self._bye(worker, step, now)
                 self.close_due(now)
-                return False
             case messages.Hello():
                 raise ProtocolError(f"worker {worker}: a second Hello on one connection")
-        return True
 
     def _push(self, worker: int, push: messages.Push, rest: Sequence[Frame], now: float) -> None:
         where = f"worker {worker}, step {push.step}, chunk {push.chunk}"
@@ -199,24 +205,34 @@ class Job:
 
     # --- agreement --------------------------------------------------------------------------------------
 
-    def _compare(self, worker: int, step: int, digest: str, now: float) -> None:
-        digests = self._hashes.setdefault(step, {})
-        digests[worker] = digest
-        if not set(np.flatnonzero(self.rounds.roster.alive).tolist()) <= set(digests):
-            if len(self._hashes) > 1024:
-                del self._hashes[min(self._hashes)]
-            return
-        del self._hashes[step]
-        if len(set(digests.values())) > 1:
-            groups: dict[str, list[int]] = {}
-            for k, d in sorted(digests.items()):
-                groups.setdefault(d, []).append(k)
-            named = "; ".join(f"workers {ks}: {d[:12]}" for d, ks in sorted(groups.items(), key=lambda g: -len(g[1])))
-            self.fail(
-                f"replicas differ before step {step} ({named}). Everything between backward and the next step must run "
-                "in state.update on every rank: state.bind(optimizer, scheduler=..., max_grad_norm=...)",
-                now,
-            )
+    def _begin(self, worker: int, begin: messages.Begin, now: float) -> None:
+        step = begin.step
+        left = [k for k, left_at in self._left_at.items() if left_at <= step]
+        if left:
+            self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
+        elif begin.thin:
+            self.rounds.roster.advance(worker, step)
+            if worker not in self._has_been_late:  # whatever its loop does otherwise shows now
+                self._has_been_late.add(worker)
+                self._send(EVERYBODY, messages.Verify(self.rounds.newest + 2))
+        elif self.rounds.begin(worker, step, now):
+            self._send(EVERYBODY, messages.Started(step, 0.0))
+
+    def _bye(self, worker: int, step: int, now: float) -> None:
+        self.rounds.leave(worker, now)
+        self._send(EVERYBODY, messages.Gone(worker, "left"))
+        self._left_at[worker] = step
+        if self.failed is None and self.rounds.newest_begun >= step and self.rounds.roster.alive.any():
+            self.fail(_left_early(worker, step, None, self.rounds.newest_begun), now)
+        self._settle_agreement(now)
+
+    def _settle_agreement(self, now: float) -> None:
+        """Compare what all that are alive have stated."""
+        verdict = self._agreement.settle(frozenset(np.flatnonzero(self.rounds.roster.alive).tolist()))
+        for message in verdict.messages:
+            self._send(EVERYBODY, message)
+        if verdict.problem is not None:
+            self.fail(verdict.problem, now)
 
     def _send(self, worker: int | None, message: messages.FromAggregator) -> None:
         self.outbox.append((worker, [messages.encode_message(message)]))
@@ -225,3 +241,12 @@ class Job:
         late = self.stats["late"]
         end = f", failed: {self.failed}" if self.failed is not None else ""
         return f"Job({self.rounds!r}, {self.stats['rounds']} rounds closed, {late} payloads late{end})"
+
+
+def _left_early(worker: int, step: int, other: int | None, newest: int) -> str:
+    who = "others have begun" if other is None else f"worker {other} begins"
+    return (
+        f"worker {worker} has left its loop at step {step}, but {who} step {newest}: every rank's loop must end at the "
+        "same step. What ends it (early stopping, a limit on time or loss) must be decided by all ranks together, for "
+        "example by rank 0 and broadcast every n-th step"
+    )

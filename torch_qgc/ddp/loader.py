@@ -1,33 +1,128 @@
-"""Batches from a worker's own share of the data, and the skipping of those it was too late for."""
+"""Loaders whose batches are thin for steps that have closed without this worker."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from torch_qgc.ddp.sampler import CodedSampler, checked_partitions
+from torch_qgc.ddp.thin import first_samples
 from torch_qgc.errors import ConfigError
 from torch_qgc.worker.replica import Replica
 
-__all__ = ["CodedLoader", "looping", "make_loader"]
+__all__ = ["CodedLoader", "FollowedLoader", "Slice", "Thinner", "make_loader"]
+
+#: (batch, samples to keep) -> the batch with the first samples only.
+Slice = Callable[[Any, int], Any]
+
+
+class Thinner:
+    """Make batches thin for steps that have closed without this worker, and see which batches made no step.
+
+    Args:
+        replica: whose steps these are.
+        count: samples of a thin batch.
+        cut: makes a batch thin; None: `torch_qgc.ddp.thin.first_samples`.
+        batch_size: samples of a batch, where that is known.
+    """
+
+    def __init__(
+        self, replica: Replica, count: int = 2, cut: Slice | None = None, batch_size: int | None = None
+    ) -> None:
+        if count < 1:
+            raise ConfigError(f"thin: expected at least 1 sample, got {count}")
+        self.replica, self.count = replica, count
+        self._cut = cut if cut is not None else lambda batch, n: first_samples(batch, n, batch_size)
+        self._thread: int | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a loop."""
+        self.owed = 0  # batches that made no step
+        self._first_step = self.replica.step
+        self._step: int | None = None  # at which the newest batch was handed out
+
+    @property
+    def made_steps(self) -> bool:
+        """The loop has made a step."""
+        return self.replica.step > self._first_step
+
+    def closed_without_us(self) -> bool:
+        """Tell whether the batch that is handed out next is for a step that has closed without this worker."""
+        replica = self.replica
+        if self._step is not None and self._thread == threading.get_ident():
+            if replica.abandoned:
+                replica.abandon()
+                self.owed += 1
+            elif self._step == replica.step and not replica.in_step:
+                replica.decide_again()
+                self.owed += 1
+        self._step, self._thread = replica.step, threading.get_ident()
+        return replica.missed()
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the batch, thin if the next step has closed without this worker."""
+        return self.thin(batch) if self.closed_without_us() else batch
+
+    def thin(self, batch: Any) -> Any:
+        """Return a thin batch."""
+        return self._cut(batch, self.count)
+
+
+class FollowedLoader:
+    """Hand out another loader's batches, thin where the step has closed without this worker.
+
+    All else is the loader's own: attributes, length, `set_epoch`.
+
+    Args:
+        source: anything that can be iterated over.
+        thinner: makes batches thin.
+    """
+
+    def __init__(self, source: Any, thinner: Thinner) -> None:
+        self._source, self._thinner = source, thinner
+
+    def __iter__(self) -> Iterator[Any]:
+        thinner = self._thinner
+        thinner.begin()
+        batch, handed = None, False
+        try:
+            for batch in self._source:
+                yield thinner(batch)
+                handed = True
+            if handed:
+                yield from _make_up(thinner, lambda: batch)
+        finally:
+            _end(thinner)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_source":  # not there yet, as in copies
+            raise AttributeError(name)
+        return getattr(self._source, name)
 
 
 class CodedLoader:
-    """Iterate over an epoch's steps; those that closed without this worker are replayed and their batches skipped.
+    """Batches of this worker's share of the data, as many on every rank.
 
-    Every rank's loop ends at the same step, so what follows it (evaluation, checkpoints, collectives) lines up.
-    A late rank sees fewer batches than `len(loader)`.
+    For a step that has closed without this worker it hands out a thin batch; where the user has bound the update, it
+    replays such a step and leaves its batches out.
 
     Args:
         replica: whose steps these are.
         loader: batches of this worker's share.
         sampler: the loader's.
-        accumulate: batches per step.
-        together: replicas of other models that make as many steps in the same loop.
+        thinner: makes batches thin.
         seed: of the random numbers that the loader's processes start with; None leaves the loader's generator alone.
     """
 
@@ -36,17 +131,16 @@ class CodedLoader:
         replica: Replica,
         loader: DataLoader[Any],
         sampler: CodedSampler,
-        accumulate: int,
+        thinner: Thinner,
         *,
-        together: Sequence[Replica] = (),
         seed: int | None = None,
     ) -> None:
-        self._replica, self._loader, self._accumulate, self._seed = replica, loader, accumulate, seed
-        self.replicas = (replica, *together)
+        self._replica, self._loader, self._thinner, self._seed = replica, loader, thinner, seed
         self.sampler = sampler
-        self.steps = len(sampler) // accumulate
-        self._resume_at = 0  # steps of the epoch that were made before a checkpoint
-        self._epoch_start: int | None = None  # the state's step at which the epoch's step 0 was, or would have been
+        self._handed = 0  # batches of the epoch that were handed out or left out
+        self._resume_at = 0  # batches of the epoch that were handed out before a checkpoint
+        self._per_step = 1  # batches that a step takes, as the newest full step has shown
+        self._leave_out = 0
 
     @property
     def dataset(self) -> Any:
@@ -54,86 +148,135 @@ class CodedLoader:
         return self._loader.dataset
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; without it each iteration is the next one."""
+        """Choose the epoch whose order the next iteration takes; without it each iteration takes the next one."""
         if epoch != self.sampler.epoch:
-            self._resume_at, self._epoch_start = 0, None
+            self._resume_at = self._handed = 0
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        for each in self.replicas:
-            each.check_replayable()
-        done = self.steps_done if self._epoch_start is None or self.steps_done == self._resume_at else 0
-        self._resume_at, self._epoch_start = done, self._replica.step - done
-        starts = [each.step - done for each in self.replicas]
-        self.sampler.skip = done * self._accumulate
+        """Iterate over an epoch; however it ends, the next iteration takes the next epoch's order."""
+        epoch, sampler, thinner = self.sampler.epoch, self.sampler, self._thinner
+        self._handed, self._resume_at = self._resume_at, 0
+        sampler.skip = self._handed
         if self._seed is not None and self._loader.generator is not None:
-            self._loader.generator.manual_seed(self._seed + self.sampler.epoch)
-        batches = iter(self._loader)
-        _looping.append(self)
+            self._loader.generator.manual_seed(self._seed + epoch)
+        thinner.begin()
         try:
-            while self._caught_up(starts) < self.steps:
-                try:
-                    yield next(batches)
-                except StopIteration:
-                    raise ConfigError(
-                        f"the loader gave all {len(self)} batches of the epoch but only step {self._replica.step} "
-                        f"of {starts[0] + self.steps} was made: expected one backward pass per {self._accumulate} "
-                        "batches; "
-                        "for gradient accumulation with no_sync() say how many: state.loader(..., accumulate=n)"
-                    ) from None
+            yield from self._epoch()
+            yield from _make_up(thinner, self._extra)
         finally:
-            _looping.remove(self)
-        self.sampler.set_epoch(self.sampler.epoch + 1)
-        self._resume_at, self._epoch_start = 0, None
+            _end(thinner)
+            if sampler.epoch == epoch:
+                sampler.set_epoch(epoch + 1)
+                self._handed = 0
 
-    def _caught_up(self, starts: Sequence[int]) -> int:
-        """Replay what closed without this worker; return the steps of the epoch that all states have made."""
-        if any(each.in_step for each in self.replicas):
-            return 0  # between two micro-batches of one step there is nothing to catch up
-        for each, start in zip(self.replicas, starts):
-            each.catch_up(start + self.steps)
-        most = max(each.step - start for each, start in zip(self.replicas, starts))
-        for each, start in zip(self.replicas, starts):
-            if each.step < start + most:
-                each.await_step(start + most)
-        return most
+    def _epoch(self) -> Iterator[Any]:
+        ahead = self._loader.num_workers > 0  # batches are loaded before it is known which steps close
+        self.sampler.cut = (lambda batch: batch) if ahead else self._loaded
+        batches = iter(self._loader)
+        count, first = 0, self._replica.step
+        while self._handed < len(self.sampler):
+            if not self._replica.in_step:
+                if count and self._replica.step > first:
+                    self._per_step = max(1, round(count / (self._replica.step - first)))
+                self._replay()
+                count, first = 0, self._replica.step
+            for _ in range(self._leave_out if ahead else 0):
+                next(batches, None)
+            self._handed += self._leave_out
+            if self._handed >= len(self.sampler):
+                break
+            self._thin_now = self._thinner.closed_without_us()
+            batch = next(batches)
+            self._leave_out = 0
+            self._handed += 1
+            count += 1
+            yield self._thinner.thin(batch) if ahead and self._thin_now else batch
 
-    @property
-    def steps_done(self) -> int:
-        """Steps of the epoch that were made so far."""
-        if self._epoch_start is None:
-            return self._resume_at
-        return min(self._replica.step - self._epoch_start, self.steps)
+    def _loaded(self, batch: list[int]) -> list[int] | None:
+        """Tell the sampler what to load of the batch that is asked for now."""
+        if self._leave_out:
+            self._leave_out -= 1
+            return None
+        return batch[: self._thinner.count] if self._thin_now else batch
+
+    _thin_now = False
+
+    def _replay(self) -> None:
+        """Replay what has closed without this worker, if the user has said what the update is."""
+        replica = self._replica
+        self._leave_out = 0
+        if not (replica.update.known and replica.may_be_late):
+            return
+        while self._handed + self._leave_out < len(self.sampler) and replica.missed():
+            replica.replay()
+            self._leave_out = min(self._leave_out + self._per_step, len(self.sampler) - self._handed)
+
+    def _extra(self) -> Any:
+        """Return one more batch, for a step that this worker has to make up for."""
+        loader, indices = self._loader, self.sampler.draws()[: self.sampler.batch_size].tolist()
+        collate = loader.collate_fn
+        return collate([loader.dataset[i] for i in indices])
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, and the samples that all workers together have drawn in it."""
-        return {"epoch": self.sampler.epoch, "samples": self.steps_done * self._samples_per_step}
+        done = max(self._handed, self._resume_at)
+        return {"epoch": self.sampler.epoch, "samples": done * self._samples_per_batch}
 
     def load_state_dict(self, position: dict[str, int]) -> None:
         """Go on from a position, of a run with any number of workers; before the loop.
 
-        With other workers or another batch size the position is rounded down to whole steps: some samples are drawn
+        With other workers or another batch size the position is rounded down to whole batches: some samples are drawn
         again rather than left out. Batches that are skipped are not loaded; random numbers that the data set itself
         takes (augmentation) are torch's, and not part of the position.
         """
         self.sampler.set_epoch(int(position["epoch"]))
-        self._epoch_start = None
-        self._resume_at = min(int(position["samples"]) // self._samples_per_step, self.steps)
+        self._handed = 0
+        self._resume_at = min(int(position["samples"]) // self._samples_per_batch, len(self.sampler))
 
     @property
-    def _samples_per_step(self) -> int:
-        return self._replica.spec.workers * self.sampler.batch_size * self._accumulate
+    def _samples_per_batch(self) -> int:
+        return self._replica.spec.workers * self.sampler.batch_size
 
 
-_looping: list[CodedLoader] = []
+def _make_up(thinner: Thinner, extra: Callable[[], Any]) -> Iterator[Any]:
+    """At the end of a loop, hand out batches for the steps that this worker alone has not made."""
+    replica = thinner.replica
+    thinner_owed = thinner.owed + _newest_made_none(thinner)
+    if not (thinner_owed and thinner.made_steps):
+        return
+    end = replica.step + replica.loop_ended(owed=thinner_owed)
+    thinner.owed = -1  # told
+    while replica.step < end:
+        before = replica.step
+        batch = extra()
+        yield thinner.thin(batch) if replica.missed() else batch
+        if replica.abandoned:
+            replica.abandon()
+        if replica.step == before:
+            replica.decide_again()
+            break  # no step again: it would go on for ever
+    replica.state_now()
 
 
-def looping() -> Sequence[CodedLoader]:
-    """Return the loaders over which this process is iterating."""
-    return _looping
+def _newest_made_none(thinner: Thinner) -> int:
+    """Return 1 if the loop's last batch made no step."""
+    replica = thinner.replica
+    if replica.abandoned:
+        replica.abandon()
+        return 1
+    return int(thinner._step == replica.step and not replica.in_step)
+
+
+def _end(thinner: Thinner) -> None:
+    """Tell the job that a loop has ended."""
+    if thinner.made_steps and thinner.owed >= 0:
+        with contextlib.suppress(Exception):  # an iterator may be closed at any time; the next step shows the error
+            thinner.replica.loop_ended(owed=0)
+    thinner.owed = 0
 
 
 def make_loader(
@@ -142,8 +285,9 @@ def make_loader(
     *,
     batch_size: int,
     partitions: Sequence[Sequence[int]] | None = None,
-    accumulate: int = 1,
-    together: Sequence[Replica] = (),
+    weights: Sequence[float] | NDArray[np.float64] | torch.Tensor | None = None,
+    thin: int = 2,
+    slice: Slice | None = None,
     seed: int = 0,
     **kwargs: Any,
 ) -> CodedLoader:
@@ -155,8 +299,12 @@ def make_loader(
         batch_size: samples per worker and batch.
         partitions: N lists of sample indices, one per partition of the plan, for data that cannot move; a random
             permutation of the data set is cut into N equal blocks if None.
-        accumulate: batches per step, for gradient accumulation with no_sync().
-        together: the replicas of other models that make as many steps in the same loop, one per `accumulate` batches.
+        weights: [samples] >= 0, how often each sample is drawn in relation to the others of its partition, as for
+            torch's WeightedRandomSampler; None: alike.
+        thin: samples of a batch for a step that has closed without this worker. Models that cannot do with two (a loss
+            over pairs, say) need more.
+        slice: (batch, samples) -> the batch with that many samples, for batches of your own type; used with
+            `num_workers` > 0, where batches are loaded before it is known which steps close.
         seed: of the permutation and of the draws.
         **kwargs: any argument of torch's DataLoader that is not about sampling.
     Raises:
@@ -166,22 +314,28 @@ def make_loader(
     if clash:
         raise ConfigError(
             f"got {', '.join(sorted(clash))}: the plan decides which samples this worker draws, in random order; "
-            "leave it out"
+            "leave it out, or sample yourself: state.follow(any_loader)"
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigError(
             f"dataset: expected a map-style data set (__len__ and __getitem__), got {type(dataset).__name__}: "
-            "a worker's share is a set of indices; load an iterable data set into a list or an index first"
+            "a worker's share is a set of indices; for a stream that each rank cuts itself: state.follow(loader)"
         )
-    if batch_size < 1 or accumulate < 1:
-        raise ConfigError(f"expected batch_size >= 1 and accumulate >= 1, got {batch_size} and {accumulate}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
     plan = replica.plan
     blocks = checked_partitions(plan, len(dataset), partitions, seed)
+    weights = None if weights is None else _checked_weights(weights, len(dataset))
     samples = sum(len(block) for block in blocks)
-    steps = math.ceil(samples / (plan.num_workers * batch_size * accumulate))
     probs = plan.partition_probabilities(replica.worker)
     sampler = CodedSampler(
-        probs, blocks, batch_size=batch_size, batches=steps * accumulate, seed=seed, worker=replica.worker
+        probs,
+        blocks,
+        batch_size=batch_size,
+        batches=math.ceil(samples / (plan.num_workers * batch_size)),
+        seed=seed,
+        worker=replica.worker,
+        weights=weights,
     )
     if not probs.any():
         raise ConfigError(
@@ -195,7 +349,16 @@ def make_loader(
         replica,
         DataLoader(dataset, batch_sampler=sampler, **kwargs),
         sampler,
-        accumulate,
-        together=together,
+        Thinner(replica, thin, slice, batch_size),
         seed=seed if own_generator else None,
     )
+
+
+def _checked_weights(weights: Any, samples: int) -> NDArray[np.float64]:
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (samples,) or not np.all(values >= 0) or not np.isfinite(values).all() or not values.any():
+        raise ConfigError(
+            f"weights: expected one finite number >= 0 for each of the {samples} samples, not all 0, got shape "
+            f"{values.shape}"
+        )
+    return values

@@ -1,18 +1,27 @@
-"""Coded optimizers: torch's own, which bind themselves to the state so that late workers can replay them."""
+"""Coded optimizers: torch's own, with the second track in Adam's denominator; and a watch over all optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from functools import wraps
+from typing import Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from torch_qgc.ddp.state import QGCState
 from torch_qgc.errors import ConfigError
+from torch_qgc.worker.position import Phase
 from torch_qgc.worker.replica import Replica
 
-__all__ = ["CodedAdam", "CodedAdamW", "CodedSGD", "two_track_adam"]
+__all__ = ["CodedAdam", "CodedAdamW", "CodedSGD", "make_coded", "two_track_adam", "watch_optimizers"]
+
+
+class HasReplica(Protocol):
+    """QGCState, as far as optimizers are concerned."""
+
+    replica: Replica
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,34 +33,32 @@ _adam_step = _unhooked(torch.optim.Adam.step)
 
 
 class _Coded(torch.optim.Optimizer):
-    """Attach the optimizer to the state, and refuse steps on gradients that were not exchanged."""
+    """An optimizer that knows the replica whose gradients it takes."""
 
     _replica: Replica | None = None  # also of copies and of what was unpickled: these are torch's optimizers again
 
-    def __init__(self, params: Any, state: QGCState, *args: Any, **kwargs: Any) -> None:
-        replica = _replica_of(type(self).__name__, state)
+    def __init__(self, params: Any, state: HasReplica, *args: Any, **kwargs: Any) -> None:
+        replica = getattr(state, "replica", None)
+        name = type(self).__name__
+        if replica is None:
+            raise ConfigError(
+                f"{name}: expected the QGCState as second argument, got {state!r}: "
+                f"{name}(model.parameters(), state, lr=...)"
+            )
         super().__init__(params, *args, **kwargs)
         self.adopt(replica)
-        replica.update.attach(self)
-        self.register_step_pre_hook(_check_exchanged)
 
     def adopt(self, replica: Replica) -> None:
-        """Take what the steps need from this replica; Lightning does so for optimizers that were made without it."""
+        """Take what the steps need from this replica."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.requires_grad and p not in replica.layout:
+                raise ConfigError(
+                    f"{type(self).__name__}: expected parameters of the model that QGCState was made for, got one of "
+                    f"shape {tuple(p.shape)} that is none: give each of several models its own optimizer and its own "
+                    "state; parameters must not be replaced or unfrozen after QGCState(model)"
+                )
         self._replica = replica
-
-
-def _replica_of(name: str, state: Any) -> Replica:
-    if isinstance(state, QGCState):
-        return state.replica
-    raise ConfigError(
-        f"{name}: expected the QGCState as second argument, got {state!r}: {name}(model.parameters(), state, lr=...)"
-    )
-
-
-@_disable_dynamo  # a compiled step has nothing to find in there
-def _check_exchanged(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if isinstance(optimizer, _Coded) and optimizer._replica is not None:
-        optimizer._replica.check_exchanged()
+        replica.statement.watch(self)
 
 
 class CodedSGD(_Coded, torch.optim.SGD):
@@ -59,7 +66,7 @@ class CodedSGD(_Coded, torch.optim.SGD):
 
     Args:
         params: parameters or groups, as in torch.
-        state: QGCState; its `update` becomes this optimizer's step unless one is bound.
+        state: QGCState.
         *args, **kwargs: torch.optim.SGD's.
     """
 
@@ -76,7 +83,7 @@ class CodedAdam(_Coded, torch.optim.Adam):
 
     Args:
         params: parameters or groups, as in torch.
-        state: QGCState; its `update` becomes this optimizer's step unless one is bound.
+        state: QGCState.
         *args, **kwargs: torch.optim.Adam's; all of them work with two tracks but `differentiable=True` and
             `betas=(0, ...)`, which raise.
     """
@@ -176,3 +183,68 @@ def _second_into_grad(
 def _put_back(gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for p, gradient in gradients:
         p.grad = gradient
+
+
+# --- optimizers that were made by others --------------------------------------------------------------------
+_CODED: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {
+    torch.optim.SGD: CodedSGD,
+    torch.optim.Adam: CodedAdam,
+    torch.optim.AdamW: CodedAdamW,
+}
+
+
+def make_coded(optimizer: torch.optim.Optimizer, replica: Replica) -> torch.optim.Optimizer:
+    """Turn torch's SGD, Adam or AdamW into the coded one, in place; leave any other optimizer as it is.
+
+    In place, because learning rate schedulers made before hold on to the object: its parameter groups, state and hooks
+    stay. Subclasses of the three are the user's own and left alone.
+
+    Raises:
+        ConfigError: an optimizer that makes several passes per step.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS makes as many passes per step as its rank's own losses ask for, so ranks would disagree about "
+            "steps: use SGD, Adam or another optimizer that makes one"
+        )
+    coded = _CODED.get(type(optimizer))
+    if coded is None:
+        return optimizer
+    tracked = vars(optimizer).pop("step", None)  # a scheduler's wrapper of torch's own `step`
+    optimizer.__class__ = coded
+    optimizer._patch_step_function()  # so that step hooks work, as after __init__
+    if tracked is not None:
+        optimizer.step = _tracked(optimizer)  # type: ignore[method-assign]
+    optimizer.adopt(replica)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _tracked(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+    """Return the optimizer's step as a scheduler wraps it, to see that it was called before the scheduler's."""
+    step = type(optimizer).step
+
+    @wraps(step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return step(optimizer, *args, **kwargs)
+
+    wrapper._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+_watching: WeakSet[Replica] = WeakSet()
+
+
+def watch_optimizers(replica: Replica) -> None:
+    """Check and remember every optimizer of this process that makes steps with the replica's parameters."""
+    if not _watching:
+        register_optimizer_step_pre_hook(_before_step)
+    _watching.add(replica)
+
+
+@_disable_dynamo  # a compiled step has nothing to find in there
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    first = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
+    for replica in _watching:
+        if first is not None and first in replica.layout and replica.position.phase is not Phase.LEFT:
+            replica.check_stepped(optimizer)

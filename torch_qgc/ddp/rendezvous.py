@@ -17,7 +17,7 @@ from torch_qgc.aggregator.process import AggregatorProcess
 from torch_qgc.errors import ConfigError, JobFailed, QGCError
 from torch_qgc.worker.layout import Layout
 
-__all__ = ["Network", "agree", "check_model", "check_step", "start_aggregators"]
+__all__ = ["Network", "agree", "check_model", "check_step", "exchanged_parameters", "start_aggregators"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,11 @@ class Network:
     trace: str | None = None
 
 
-def check_model(model: Any) -> DistributedDataParallel:
+def check_model(model: Any, *, may_be_late: bool) -> DistributedDataParallel:
     """Refuse what cannot work, switch off what would bring the waiting back.
 
+    Args:
+        may_be_late: steps close at a deadline.
     Raises:
         ConfigError: names the remedy.
     """
@@ -57,6 +59,18 @@ def check_model(model: Any) -> DistributedDataParallel:
         raise ConfigError(
             "DDP(mixed_precision=...) does not take a communication hook: use torch.autocast in the training step"
         )
+    if getattr(model, "_delay_all_reduce_params", None):
+        raise ConfigError(
+            "DDP(delay_all_reduce_named_params=...) all-reduces these parameters by itself, past the communication "
+            "hook: leave it out"
+        )
+    synced = [name for name, m in model.module.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    if synced and may_be_late:
+        raise ConfigError(
+            f"SyncBatchNorm ({synced[0]}{', ...' if len(synced) > 1 else ''}) makes every rank wait for every other in "
+            "each forward pass: use BatchNorm, whose statistics state.sync_buffers() averages before you evaluate, or "
+            "deadline_s=None"
+        )
     if model.broadcast_buffers and any(True for _ in model.module.buffers()):
         model.broadcast_buffers = False
         warnings.warn(
@@ -69,11 +83,19 @@ def check_model(model: Any) -> DistributedDataParallel:
     return model
 
 
-def check_step(model: DistributedDataParallel, layout: Layout, frozen: Sequence[torch.nn.Parameter]) -> None:
+def exchanged_parameters(model: DistributedDataParallel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return the parameters whose gradients DDP exchanges: all that it was not told to ignore."""
+    ignored = getattr(model, "parameters_to_ignore", ())
+    return [(name, p) for name, p in model.module.named_parameters() if name not in ignored]
+
+
+def check_step(
+    model: DistributedDataParallel, layout: Layout, others: Sequence[tuple[torch.nn.Parameter, bool]]
+) -> None:
     """Refuse what can change between steps and then does not work.
 
     Args:
-        frozen: parameters that needed no gradient when the layout was made.
+        others: parameters that are not exchanged, and whether they needed a gradient when the layout was made.
     Raises:
         ConfigError: names the remedy.
     """
@@ -82,7 +104,7 @@ def check_step(model: DistributedDataParallel, layout: Layout, frozen: Sequence[
             "Join makes every rank wait for every other in each forward pass, and would count exhausted ranks as zero "
             "gradients: leave it out, state.loader(...) gives every rank's loop the same number of steps"
         )
-    if any(p.requires_grad for p in frozen) or not all(p.requires_grad for p in layout.parameters):
+    if any(p.requires_grad != needed for p, needed in others) or not all(p.requires_grad for p in layout.parameters):
         raise ConfigError(
             "requires_grad of a parameter was changed after QGCState(model), whose layout is fixed, like DDP's: close "
             "the state, make DDP and QGCState again and hand the state_dict on"

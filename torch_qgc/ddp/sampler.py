@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ class CodedSampler(Sampler[list[int]]):
         batches: batches per epoch.
         seed: with the epoch and the worker's number it determines the draws.
         worker: this worker's number.
+        weights: [samples] >= 0: within a partition, samples are drawn in proportion to these; None: alike.
     """
 
     def __init__(
@@ -46,14 +48,16 @@ class CodedSampler(Sampler[list[int]]):
         batches: int,
         seed: int = 0,
         worker: int = 0,
+        weights: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
         self.batch_size, self.batches = batch_size, batches
         self._seed, self._worker = seed, worker
         self.epoch = 0
         self.skip = 0  # batches left out at the beginning, which a run before a checkpoint has had
+        self.cut: Callable[[list[int]], list[int] | None] = lambda batch: batch  # what is loaded of a batch; None: skip
         held = [(np.asarray(block, dtype=np.int64), prob) for prob, block in zip(probs, partitions) if prob > 0]
         self._indices = np.concatenate([block for block, _ in held] or [np.zeros(0, dtype=np.int64)])
-        self._probs = np.concatenate([np.full(len(block), prob / len(block)) for block, prob in held] or [np.zeros(0)])
+        self._probs = np.concatenate([_within(block, prob, weights) for block, prob in held] or [np.zeros(0)])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes."""
@@ -76,10 +80,20 @@ class CodedSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.draws()
         for start in range(self.skip * self.batch_size, len(draws), self.batch_size):
-            yield draws[start : start + self.batch_size].tolist()
+            batch = self.cut(draws[start : start + self.batch_size].tolist())
+            if batch is not None:
+                yield batch
 
     def __len__(self) -> int:
         return self.batches
+
+
+def _within(block: NDArray[np.int64], prob: float, weights: Sequence[float] | NDArray[np.float64] | None) -> Any:
+    """Return each sample's chance to be drawn, for a partition that is drawn from with a probability."""
+    if weights is None:
+        return np.full(len(block), prob / len(block))
+    own = np.asarray(weights, dtype=np.float64)[block]
+    return prob * own / own.sum() if own.sum() > 0 else np.full(len(block), prob / len(block))
 
 
 def checked_partitions(

@@ -8,14 +8,25 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler
+from torch.utils._pytree import tree_leaves
 
-from torch_qgc.ddp.loader import CodedLoader, looping, make_loader
-from torch_qgc.ddp.rendezvous import Network, agree, check_model, check_step, start_aggregators
+from torch_qgc.ddp.loader import CodedLoader, FollowedLoader, Slice, Thinner, make_loader
+from torch_qgc.ddp.optim import make_coded, watch_optimizers
+from torch_qgc.ddp.rendezvous import (
+    Network,
+    agree,
+    check_model,
+    check_step,
+    exchanged_parameters,
+    start_aggregators,
+)
 from torch_qgc.ddp.settings import Limits, choose_plan
+from torch_qgc.ddp.thin import first_samples
 from torch_qgc.errors import ConfigError
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.worker.advice import sequence_number_of
 from torch_qgc.worker.checkpoint import Checkpoint
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.layout import Layout
@@ -23,8 +34,9 @@ from torch_qgc.worker.replica import Replica
 from torch_qgc.worker.report import Report
 from torch_qgc.worker.session import Session
 from torch_qgc.worker.sockets import SocketCarrier
+from torch_qgc.worker.statement import Verifiable
 
-__all__ = ["QGCState", "qgc_hook"]
+__all__ = ["QGCState", "attach", "qgc_hook"]
 
 
 class QGCState:
@@ -86,7 +98,7 @@ class QGCState:
     ) -> None:
         group = process_group if process_group is not None else getattr(model, "process_group", None)
         with agree(group):
-            self._model = check_model(model)
+            self._model = check_model(model, may_be_late=deadline_s is not None)
             self._group: dist.ProcessGroup = group  # type: ignore[assignment]  # check_model has seen that it is one
             self.rank, self.workers = dist.get_rank(group), dist.get_world_size(group)
             self.plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
@@ -102,7 +114,7 @@ class QGCState:
                 max_staleness=limits.max_staleness,
                 on_loss=on_loss,
             )
-            layout = Layout(self._model.module.named_parameters(), chunk_numel=limits.chunk_numel)
+            layout = Layout(exchanged_parameters(self._model), chunk_numel=limits.chunk_numel)
             spec = JobSpec(
                 workers=self.workers,
                 numel=layout.numel,
@@ -137,31 +149,83 @@ class QGCState:
             )
             return Connection(session, SocketCarrier(session))
 
-        self.replica = Replica(layout, self.plan, spec, worker=self.rank, connect=connect, trace=trace)
+        self.replica = Replica(
+            self._model.module,
+            layout,
+            self.plan,
+            spec,
+            worker=self.rank,
+            connect=connect,
+            sequence_number=lambda: sequence_number_of(group),
+            trace=trace,
+        )
+        self._thinner = Thinner(self.replica)
         self._loaders: list[CodedLoader] = []
         self._positions: list[dict[str, int]] = []  # from a checkpoint, of loaders that are still to be made
-        self._frozen = [p for p in self._model.module.parameters() if not p.requires_grad]
-        self._prehook = self._model.register_forward_pre_hook(_begin_step(weakref.ref(self)))
+        exchanged = set(layout.parameters)
+        self._others = [(p, p.requires_grad) for p in self._model.module.parameters() if p not in exchanged]
+        forward = Forward(self)
+        self._hooks = [
+            self._model.register_forward_pre_hook(forward.before),
+            self._model.register_forward_hook(forward.after),
+        ]
+        watch_optimizers(self.replica)
 
     @property
     def step(self) -> int:
         """The step that this replica makes next, or is in."""
         return self.replica.step
 
-    def loader(
-        self, dataset: Any, batch_size: int = 1, *, together: Sequence["QGCState"] = (), **kwargs: Any
-    ) -> CodedLoader:
-        """Make the loader that replaces DataLoader and DistributedSampler; see `torch_qgc.ddp.loader.make_loader`.
-
-        Args:
-            together: the states of other models that make as many steps in the same loop.
-        """
-        others = [state.replica for state in together]
-        loader = make_loader(self.replica, dataset, batch_size=batch_size, together=others, **kwargs)
+    def loader(self, dataset: Any, batch_size: int = 1, **kwargs: Any) -> CodedLoader:
+        """Make the loader that replaces DataLoader and DistributedSampler; see `torch_qgc.ddp.loader.make_loader`."""
+        loader = make_loader(self.replica, dataset, batch_size=batch_size, **kwargs)
         if self._positions:
             loader.load_state_dict(self._positions.pop(0))
         self._loaders.append(loader)
         return loader
+
+    def follow(self, loader: Any, *, thin: int = 2, slice: Slice | None = None) -> FollowedLoader:
+        """Wrap a loader of your own: its batches are thin for steps that have closed without this worker.
+
+        Every rank's loader must give equally many batches. The plan's shares weigh what the ranks send, whatever data
+        they draw: with equal shares (`make_plan([p] * K)`) each rank's batches count alike.
+
+        Args:
+            loader: anything that can be iterated over: a DataLoader, several that are zipped, a stream.
+            thin: samples of a thin batch.
+            slice: (batch, samples) -> the batch with that many samples, for batches of your own type.
+        """
+        size = getattr(loader, "batch_size", None)
+        return FollowedLoader(loader, Thinner(self.replica, thin, slice, size if isinstance(size, int) else None))
+
+    def thin(self, batch: Any, samples: int = 2, slice: Slice | None = None) -> Any:
+        """Return the batch, or its first samples if the step that comes next has closed without this worker.
+
+        For loops without a loader, once per step: `x, y = state.thin(get_batch())`.
+        """
+        if not self._thinner.closed_without_us():
+            return batch
+        return self._thinner.thin(batch) if slice is None and samples == 2 else (slice or first_samples)(batch, samples)
+
+    def skip_step(self) -> None:
+        """Give up the step that a forward pass of this rank alone has begun: it counts as late for it.
+
+        `state.loader` and `state.follow` notice a batch that makes no step, and hand out one more at the end. Loops
+        without them call this, and make one more step than they have batches.
+        """
+        self.replica.abandon()
+
+    def verify_also(self, *what: Verifiable, **named: Verifiable) -> None:
+        """Compare more than parameters and hyperparameters over the ranks, whenever these are compared.
+
+        Args:
+            what, named: modules (their parameters), tensors, numbers, lists or mappings of these, or calls that return
+                them: `state.verify_also(ema=ema_model)`.
+        """
+        for i, each in enumerate(what):
+            self.replica.statement.add(f"{type(each).__name__}{i or ''}", each)
+        for name, each in named.items():
+            self.replica.statement.add(name, each)
 
     @property
     def update(self) -> Callable[[], Any]:
@@ -183,16 +247,35 @@ class QGCState:
         scheduler: Any = None,
         max_grad_norm: float | None = None,
         scaler: Any = None,
+        before: Callable[[int], Any] | None = None,
+        after: Callable[[int], Any] | None = None,
     ) -> None:
-        """Make `state.update` unscale, clip, step, schedule and clear the gradients, in this order.
+        """Say what the whole update is, so that steps that closed without this worker need not run the loop body.
+
+        `state.update()` then unscales, clips, steps, schedules and clears the gradients, in this order, and is to be
+        called in the place of all these. Use it where a worker falls far behind, or where a thin step is not much
+        cheaper than a full one. torch's SGD, Adam and AdamW become coded ones, in place.
 
         Args:
             optimizer: torch's or a coded one, or a list of them; clipping takes the norm over all of them.
             scheduler: stepped once per update; one or a list.
             max_grad_norm: as of torch.nn.utils.clip_grad_norm_.
             scaler: torch.amp.GradScaler. A step is skipped if the decoded gradient is not finite: alike everywhere.
+            before, after: called with the number of the step, before and after all of this: for a learning rate that
+                is set by hand, an average of the model, counters.
         """
-        self.replica.update.bind(optimizer, scheduler=scheduler, max_grad_norm=max_grad_norm, scaler=scaler)
+        listed = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        for one in listed:
+            make_coded(one, self.replica)
+        self.replica.update.bind(
+            listed,
+            scheduler=scheduler,
+            max_grad_norm=max_grad_norm,
+            scaler=scaler,
+            before=before,
+            after=after,
+            step=lambda: self.step - 1,
+        )
 
     @property
     def scaler(self) -> Any:
@@ -242,27 +325,25 @@ class QGCState:
             loader.load_state_dict(self._positions.pop(0))
 
     def close(self) -> None:
-        """Leave the job, and end the aggregators this rank started. Called at exit, too; twice does no harm."""
-        self._prehook.remove()
-        self.replica.close()
-        self._stop_children()
+        """Compare replicas a last time, leave the job, and end the aggregators this rank started.
 
-    def _begin(self) -> None:
-        """Announce the step in which this worker now computes."""
-        replica = self.replica
-        if not replica.in_step:
-            check_step(self._model, replica.layout, self._frozen)
-            self._check_loops()
-        replica.begin()
+        Called at exit, too; twice does no harm.
 
-    def _check_loops(self) -> None:
-        for loader in looping():
-            if self.replica not in loader.replicas and any(other.may_be_late for other in loader.replicas):
-                raise ConfigError(
-                    f"worker {self.rank}, step {self.step}: a model makes steps in the loop over the loader of another "
-                    "state, whose late worker would leave this model's steps out: name it there, "
-                    "state.loader(..., together=[this_state]), or use deadline_s=None in both"
-                )
+        Raises:
+            JobFailed: replicas differ, or other ranks go on with steps that this one does not make.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        try:
+            self.replica.close()
+        finally:
+            self._stop_children()
+
+    def begin(self) -> None:
+        """Begin a step. Called by DDP's forward pass."""
+        if not self.replica.in_step:
+            check_step(self._model, self.replica.layout, self._others)
+        self.replica.begin(synced=self._model.require_backward_grad_sync)
 
     def __repr__(self) -> str:
         rule, replica = self.replica.spec.rule, self.replica
@@ -281,20 +362,66 @@ def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[t
     2. Encode every chunk that is complete now, with this worker's bits, and send it.
     3. After the last bucket wait for the closed rounds; they hold the unbiased decoded mean gradient.
     4. Copy it into the buckets and complete their futures.
+
+    In a step that has closed without this worker nothing is encoded or sent.
     """
     return state.replica.exchange(bucket)
 
 
-def _begin_step(state: "weakref.ref[QGCState]") -> Callable[[torch.nn.Module, Any], None]:
-    @_disable_dynamo  # torch.compile(ddp) has nothing to find in here
-    def pre_forward(module: torch.nn.Module, args: Any) -> None:
-        alive = state()
-        if alive is not None and module.training and torch.is_grad_enabled():
-            alive._begin()
+class Forward:
+    """What DDP's forward pass tells the state. Copies of the model (deepcopy, pickle, AveragedModel) tell nobody."""
 
-    return pre_forward
+    def __init__(self, state: QGCState | None) -> None:
+        self._state = None if state is None else weakref.ref(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Forward, (None,)
+
+    def _listening(self, module: torch.nn.Module) -> QGCState | None:
+        state = None if self._state is None else self._state()
+        return state if state is not None and module.training and torch.is_grad_enabled() else None
+
+    @_disable_dynamo  # torch.compile(ddp) has nothing to find in here
+    def before(self, module: torch.nn.Module, args: Any) -> None:
+        """Begin a step."""
+        state = self._listening(module)
+        if state is not None:
+            state.begin()
+
+    @_disable_dynamo
+    def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Notice when the backward pass begins."""
+        state = self._listening(module)
+        if state is None:
+            return
+        replica = weakref.ref(state.replica)
+
+        def backward_begins(gradient: torch.Tensor) -> None:
+            alive = replica()
+            if alive is not None:
+                alive.backward_begins()
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(backward_begins)  # type: ignore[no-untyped-call]
 
 
 def _stop(children: list[Any]) -> None:
     for child in children:
         child.stop(timeout_s=30.0)
+
+
+def attach(model: torch.nn.parallel.DistributedDataParallel, **options: Any) -> QGCState:
+    """Make the state of a DDP model and register the hook: for frameworks that wrap the model themselves.
+
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        state = torch_qgc.attach(model, deadline_s=0.5)
+        loader = state.follow(loader)
+
+    Args:
+        model: a DistributedDataParallel model.
+        **options: QGCState's.
+    """
+    state = QGCState(model, **options)
+    model.register_comm_hook(state, qgc_hook)
+    return state

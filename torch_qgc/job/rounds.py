@@ -117,6 +117,11 @@ class Rounds(Generic[T]):
         """The newest step that is open for some chunk."""
         return max(r.step for r in self._open.values())
 
+    @property
+    def newest_begun(self) -> int:
+        """The newest step that a worker has begun; the one before the job's first if none has."""
+        return max([*self.began_at_s, self.newest - 1])
+
     def open_step(self, chunk: int) -> int:
         """Return the step that is open for a chunk.
 

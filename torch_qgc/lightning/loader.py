@@ -27,6 +27,11 @@ class Turn:
         self._decided_step = -1
         self.replays = False
 
+    def reset(self) -> None:
+        """Decide anew on a step that was left in the middle: an epoch may end there."""
+        self._decided_step = -1
+        self._replica.decide_again()
+
     def take(self, *, may_replay: bool) -> bool:
         """Decide, unless the current step was decided on already; return whether it is replayed."""
         if self._decided_step != self._replica.step:
@@ -117,6 +122,7 @@ class ReplayingLoader:
         epoch, start = self._resumed or (-1, 0)
         self._position = start if epoch == self.epoch else 0
         self._resumed = None
+        self._turn.reset()
         batches = self._batches()
         batch, loaded = None, False
         while self._position < len(self):

@@ -23,13 +23,13 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_qgc.ddp.optim import make_coded
 from torch_qgc.ddp.state import QGCState, qgc_hook
 from torch_qgc.errors import ConfigError
 from torch_qgc.lightning.checks import check_trainer
 from torch_qgc.lightning.loader import ReplayingLoader, Turn, code_sampling
 from torch_qgc.lightning.loops import agree_on_monitored, obey_own_signals
 from torch_qgc.lightning.monitor import QGCMonitor
-from torch_qgc.lightning.optimizers import make_coded
 
 __all__ = ["QGCStrategy"]
 

@@ -17,6 +17,7 @@ from torch_qgc.protocol.contract import MOST_WORKERS, Digest, Index, JobSpec, Se
 __all__ = [
     "ABSENT",
     "PROTOCOL_VERSION",
+    "Agreed",
     "Begin",
     "Bye",
     "Failed",
@@ -28,12 +29,15 @@ __all__ = [
     "Hash",
     "Hello",
     "Introduce",
+    "Mark",
+    "Marked",
     "Ping",
     "Push",
     "Refusal",
     "Rejected",
     "Result",
     "Started",
+    "Verify",
     "Welcome",
     "decode_from_aggregator",
     "decode_from_worker",
@@ -61,9 +65,13 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
 
 
 class Begin(msgspec.Struct, tag="begin", frozen=True):
-    """Announce a step's forward pass; the first one starts the step's clock."""
+    """Announce a step's forward pass; the first one starts the step's clock.
+
+    A thin step has closed without this worker, which goes through it only to take its result: nothing is sent for it.
+    """
 
     step: Step
+    thin: bool = False
 
 
 class Push(msgspec.Struct, tag="push", frozen=True):
@@ -84,10 +92,18 @@ class Fetch(msgspec.Struct, tag="fetch", frozen=True):
 
 
 class Hash(msgspec.Struct, tag="hash", frozen=True):
-    """State the digest of the parameters before `step`."""
+    """State what must be equal on all replicas before `step`, by name: digests, or short values as text."""
 
     step: Step
-    digest: Digest
+    parts: Annotated[dict[Digest, Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=64)]
+
+
+class Mark(msgspec.Struct, tag="mark", frozen=True):
+    """Tell at which step this worker has come to the end of its loop over a loader."""
+
+    number: Index  # of loops so far
+    step: Step
+    owed: Index  # batches of the loop that made no step on this worker alone, as far as it knows
 
 
 class Fault(msgspec.Struct, tag="fault", frozen=True):
@@ -98,7 +114,9 @@ class Fault(msgspec.Struct, tag="fault", frozen=True):
 
 
 class Bye(msgspec.Struct, tag="bye", frozen=True):
-    """Leave in good order."""
+    """Leave in good order, having applied all steps below `step`."""
+
+    step: Step
 
 
 # --- aggregator to worker -------------------------------------------------------------------------------
@@ -146,6 +164,25 @@ class Gone(msgspec.Struct, tag="gone", frozen=True):
     how: Literal["left", "lost"]
 
 
+class Verify(msgspec.Struct, tag="verify", frozen=True):
+    """Ask for a Hash before this step."""
+
+    step: Step
+
+
+class Agreed(msgspec.Struct, tag="agreed", frozen=True):
+    """Tell that all replicas were equal before this step."""
+
+    step: Step
+
+
+class Marked(msgspec.Struct, tag="marked", frozen=True):
+    """Tell that all have come to the end of a loop, and the newest step at which one has."""
+
+    number: Index
+    step: Step
+
+
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
     """Say why a message was dropped. A member stays in the job; one that is not in yet does not get in."""
 
@@ -162,8 +199,10 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Show that the aggregator is there."""
 
 
-FromWorker = Hello | Begin | Push | Fetch | Hash | Fault | Bye
-FromAggregator = Welcome | Refusal | Introduce | Started | Result | Gone | Rejected | Failed | Ping
+FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Fault | Bye
+FromAggregator = (
+    Welcome | Refusal | Introduce | Started | Result | Gone | Verify | Agreed | Marked | Rejected | Failed | Ping
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -81,9 +81,9 @@ class Connection:
                     f"{timeout_s:.0f} s: is it running and reachable, and has worker 0 joined?"
                 )
 
-    def begin(self, step: int) -> None:
-        """Announce the step's forward pass to every aggregator."""
-        self._say(messages.Begin(step))
+    def begin(self, step: int, *, thin: bool = False) -> None:
+        """Announce the step's forward pass to every aggregator; a thin one is for the result only."""
+        self._say(messages.Begin(step, thin))
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Any, float, float]]) -> None:
         """Send a chunk.
@@ -96,9 +96,45 @@ class Connection:
             self._session.push(step, chunk, bits, payload)
             self._carrier.flush()
 
-    def send_hash(self, step: int, digest: str) -> None:
-        """State the digest of the parameters before `step`; aggregator 0 compares."""
-        self._say(messages.Hash(step, digest), 0)
+    def send_hash(self, step: int, parts: dict[str, str]) -> None:
+        """State what this replica is before `step`, by name; aggregator 0 compares."""
+        self._say(messages.Hash(step, parts), 0)
+
+    def verify_asked(self, step: int) -> bool:
+        """Tell whether aggregator 0 wants replicas to be compared before this step."""
+        with self._carrier.locked():
+            return step in self._session.verify_steps
+
+    def say_goodbye(self, step: int, parts: dict[str, str], timeout_s: float) -> None:
+        """State what this replica is at the end, and wait until all are there and were compared, at most timeout_s.
+
+        Raises:
+            JobFailed: replicas differ, or others make steps that this one does not.
+        """
+        session = self._session
+        with self._carrier.locked():
+            self._check()
+            session.say(messages.Hash(step, parts), 0)
+            session.leave()
+            self._carrier.flush()
+            self._carrier.wait_for(lambda: session.error or session.agreed_step >= step, timeout_s)
+            self._check()
+
+    def mark(self, number: int, step: int, owed: int) -> None:
+        """Tell where this worker's loop has ended."""
+        self._say(messages.Mark(number, step, owed), 0)
+
+    def marked(self, number: int, timeout_s: float) -> int:
+        """Wait until all loops have ended, at most timeout_s; return the newest step at which one has.
+
+        Raises:
+            JobFailed: the job has ended.
+        """
+        session = self._session
+        with self._carrier.locked():
+            self._carrier.wait_for(lambda: session.error or number in session.marked_steps, timeout_s)
+            self._check()
+            return session.marked_steps.get(number, 0)
 
     def send_fault(self, step: int, text: str, timeout_s: float = 5.0) -> bool:
         """Make the job end on every rank: wait until every aggregator has heard it; tell whether all have.
@@ -164,7 +200,7 @@ class Connection:
     def close(self) -> None:
         """Say goodbye; what is queued is still sent for a moment."""
         with self._carrier.locked():
-            self._session.say(messages.Bye())
+            self._session.leave()
         self._carrier.close()
 
     def _say(self, message: messages.FromWorker, aggregator: int | None = None) -> None:

@@ -42,11 +42,20 @@ class Exchange:
         self._bits, self._norm = int(plan.bits[worker]), plan.norm
         self._seed, self._worker = seed, worker
         self._pending: list[tuple[torch.futures.Future[torch.Tensor], torch.Tensor, _Places]] = []
+        self._thin = False
+        self.not_finite = False  # this worker's gradient of the step
 
-    @property
-    def half_way(self) -> bool:
-        """Some buckets of the step were taken, and others not yet."""
-        return bool(self._pending)
+    def begin(self, *, thin: bool) -> None:
+        """Begin a step; of a thin one nothing is encoded or sent."""
+        self.reset()
+        self._thin = thin
+        self.flat.remember()
+
+    def reset(self) -> None:
+        """Forget what was gathered of a step."""
+        self._pending.clear()
+        self.flat.reset()
+        self.not_finite = False
 
     def without_gradient(self) -> list[str]:
         """Return the names of the parameters that the last backward pass has left out, as far as can be told."""
@@ -77,18 +86,27 @@ class Exchange:
             raise ConfigError("expected dense gradients, got a sparse one: use Embedding(..., sparse=False)")
         slots = [self._layout.slot(p) for p in bucket.parameters()]
         places = [(slot, slot.as_in_bucket(g)) for slot, g in zip(slots, bucket.gradients())]
+        if self._thin:
+            for slot, _ in places:
+                self.flat.mark(slot)
+        else:
+            self._send(places, step, loss_scale)
+        devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+        self._pending.append((future, buffer, places))
+        return future
+
+    def _send(self, places: _Places, step: int, loss_scale: torch.Tensor | None) -> None:
+        """Gather some parameters' gradients, and send the chunks that are complete with them."""
         with self._spans("gather", step=step):
             complete = [chunk for slot, g in places for chunk in self.flat.gather(slot, g, loss_scale)]
         key = derive_key(self._seed, step, self._worker)
         for chunk in complete:
             with self._spans("encode", step=step, chunk=chunk.index):
-                payload = self.flat.encode(chunk, self._bits, key=key, norm=self._norm)
+                payload, finite = self.flat.encode(chunk, self._bits, key=key, norm=self._norm)
+            self.not_finite |= not finite
             self._connection.push(step, chunk.index, self._bits, payload)
             self._spans.mark("push", step=step, chunk=chunk.index)
-        devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
-        self._pending.append((future, buffer, places))
-        return future
 
     @property
     def gathered(self) -> bool:
@@ -103,8 +121,7 @@ class Exchange:
                 for slot, gradient in places:
                     self.flat.put(slot, gradient, loss_scale)
                 future.set_result(buffer)
-        self._pending.clear()
-        self.flat.reset()
+        self.reset()
 
     def receive(self, step: int, note: Callable[[ClosedRound], None]) -> None:
         """Decode a step's results as they come; `note` is told of each."""

@@ -6,6 +6,7 @@ pinned memory; the background thread waits for the copy, the training thread doe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,17 +31,27 @@ class FlatGradient:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.device = layout.parameters[0].device
-        self._own = torch.zeros(layout.numel, device=self.device)
-        self._decoded = torch.zeros(layout.numel, device=self.device)
+        self._own = torch.zeros(layout.numel, dtype=torch.float32, device=self.device)
+        self._decoded = torch.zeros(layout.numel, dtype=torch.float32, device=self.device)
+        self._base: torch.Tensor | None = None
         self._second_scales = [1.0] * len(layout.chunks)
         self._missing = [chunk.numel for chunk in layout.chunks]
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def gather(self, slot: Slot, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> list[Chunk]:
-        """Copy one parameter's gradient to its place, divided by scale; return the chunks that are complete now."""
+        """Copy one parameter's gradient to its place, divided by scale; return the chunks that are complete now.
+
+        What earlier steps have left in `.grad` (`remember`) is not part of this step's gradient.
+        """
         place = self._own[slot.span].view(slot.shape).copy_(gradient)
+        if self._base is not None:
+            place.sub_(self._base[slot.span].view(slot.shape))
         if scale is not None:
             place.div_(scale)
+        return self.mark(slot)
+
+    def mark(self, slot: Slot) -> list[Chunk]:
+        """Note that a parameter's gradient is there; return the chunks that are complete now."""
         complete = []
         for index, covered in self.layout.chunks_under(slot):
             self._missing[index] -= covered
@@ -56,15 +67,36 @@ class FlatGradient:
     def reset(self) -> None:
         """Expect the next step's gradient."""
         self._missing = [chunk.numel for chunk in self.layout.chunks]
+        self._base = None
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Remember what is in `.grad` before a step: a loop may step every n-th batch only, and add up until then.
+
+        DDP hands over the sum of what was there and the new gradient. What was there is the same on all ranks; it must
+        be neither encoded again nor weighed by who arrives.
+        """
+        left = [(slot, p.grad) for slot, p in zip(self.layout.slots, self.layout.parameters) if p.grad is not None]
+        if not left or not any(torch.count_nonzero(gradient) for _, gradient in left):
+            return
+        self._base = torch.zeros_like(self._own)
+        for slot, gradient in left:
+            self._base[slot.span].view(slot.shape).copy_(gradient)
 
     def encode(
         self, chunk: Chunk, bits: int, *, key: tuple[int, int], norm: Any
-    ) -> Callable[[], tuple[Any, float, float]]:
-        """Encode a complete chunk; return a call that waits for it and gives (buffer, variance, squared norm)."""
+    ) -> tuple[Callable[[], tuple[Any, float, float]], bool]:
+        """Encode a complete chunk.
+
+        Returns:
+            A call that waits for it and gives (buffer, variance, squared norm); and whether it is finite, as far as
+            that is known without waiting for a device.
+        """
         values = self._own[chunk.span]
         if self._stream is None:
             encoded = encode(values, bits, key=key, norm=norm, offset=chunk.offset)
-            return lambda: (encoded.to_buffer(), encoded.variance, encoded.squared_norm)
+            finite = math.isfinite(encoded.squared_norm)
+            return lambda: (encoded.to_buffer(), encoded.variance, encoded.squared_norm), finite
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             encoded = encode(values, bits, key=key, norm=norm, offset=chunk.offset)
@@ -81,7 +113,7 @@ class FlatGradient:
             variance, squared_norm = statistics.tolist()
             return memoryview(payload.numpy().data), variance, squared_norm
 
-        return payload_when_done
+        return payload_when_done, True
 
     def decode(self, result: ClosedRound) -> None:
         """Write a closed round into the decoded gradient."""
@@ -109,7 +141,11 @@ class FlatGradient:
     def put(self, slot: Slot, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Write a parameter's decoded gradient, times scale, to where the optimizer looks for it."""
         gradient.copy_(self._decoded[slot.span].view(slot.shape))
-        return gradient if scale is None else gradient.mul_(scale)
+        if scale is not None:
+            gradient.mul_(scale)
+        if self._base is not None:
+            gradient.add_(self._base[slot.span].view(slot.shape).to(gradient.dtype))
+        return gradient
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

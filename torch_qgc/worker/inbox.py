@@ -104,6 +104,11 @@ class Inbox:
         return [chunk for chunk in range(self._spec.chunks) if chunk not in kept]
 
     @property
+    def newest(self) -> int:
+        """The newest step of which any result has come."""
+        return self._newest
+
+    @property
     def passed(self) -> bool:
         """A later step has closed than the one at hand."""
         return self._newest > self.step

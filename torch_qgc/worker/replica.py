@@ -1,12 +1,23 @@
-"""A replica's way through the job: steps computed with the others, or replayed when they closed without it."""
+"""A replica's way through the job, one step after the other: full, thin, or replayed.
+
+A full step is computed with the others. A thin step has closed without this worker: its loop body runs on a few
+samples, nothing is sent, and the hook puts the logged result into DDP's buckets, so that every line of the loop runs
+equally often on every rank. Replayed is a step that has closed without this worker where the user has bound the update:
+the loop body is not run for it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import os
 import statistics
+import sys
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -17,13 +28,16 @@ from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.worker.advice import Advice
+from torch_qgc.worker.buffers import KeptBuffers
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.exchange import Exchange
 from torch_qgc.worker.inbox import ClosedRound
 from torch_qgc.worker.layout import Layout
-from torch_qgc.worker.position import Position
+from torch_qgc.worker.position import Phase, Position
 from torch_qgc.worker.report import Report
 from torch_qgc.worker.spans import Spans
+from torch_qgc.worker.statement import Statement
 from torch_qgc.worker.update import Update
 
 __all__ = ["Connect", "Replica"]
@@ -31,27 +45,33 @@ __all__ = ["Connect", "Replica"]
 #: Makes the connection when the first step is made: (the job, the plan, the first step, the trace) -> connection.
 Connect = Callable[[JobSpec, Plan, int, Trace], Connection]
 
+_EARLY_CHECKS = (4, 8, 16, 32)  # steps of the job before which replicas are compared, beside every `verify_every`
+
 
 class Replica:
     """One worker's copy of the model, and where it is in the job. It joins the job with its first step.
 
     Args:
-        layout: where parameters and chunks lie.
+        module: the model that DDP wraps.
+        layout: where its parameters and chunks lie.
         plan, spec: the job.
         worker: this worker's number.
         connect: makes the connection to the job.
+        sequence_number: of the process group's newest collective; None if it has none.
         trace: is told what happens.
         now: seconds; measures how long this worker's steps take.
     """
 
     def __init__(
         self,
+        module: torch.nn.Module,
         layout: Layout,
         plan: Plan,
         spec: JobSpec,
         *,
         worker: int,
         connect: Connect,
+        sequence_number: Callable[[], int | None] = lambda: None,
         trace: Trace = silent,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -59,14 +79,23 @@ class Replica:
         self.position = Position(spec.first_step)
         self.counts = Report(workers=spec.workers, numel=layout.numel)
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(layout.chunks))
+        self.statement = Statement(layout)
         self.update = Update(layout, self.check_exchanged)
+        self.loops = 0  # over loaders, in which steps were made
+        self._buffers = KeptBuffers(module)
+        self._advice = Advice(spec, worker, sequence_number)
         self._spans = Spans(worker, trace, now)
         self._connect, self._trace, self._now = connect, trace, now
         self._connection: Connection | None = None
         self._exchange: Exchange | None = None
-        self._hashed_step = spec.first_step
+        self._stated_step = spec.first_step
         self._begun_at_s = 0.0
-        self._own_times_s: deque[float] = deque(maxlen=16)  # BEGIN to last push, of the newest computed steps
+        self._own_times_s: deque[float] = deque(maxlen=16)  # BEGIN to last push, of the newest full steps
+        self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
+        self._decided_step = -1  # the step for which that was decided
+        self._synced = True  # DDP exchanges gradients in the backward pass of the newest forward pass
+        self._backward_left_out = False  # a backward pass has ended, and the gradient is not complete
+        self._backward_running = False
         self._closer: weakref.finalize[..., Any] | None = None
 
     @property
@@ -97,27 +126,84 @@ class Replica:
         self.plan = plan
         self.spec = msgspec.structs.replace(self.spec, first_step=step, seed=seed, plan_digest=plan.digest())
         self.spec.validate(plan)
-        self.position, self._hashed_step = Position(step), step
+        self.position, self._stated_step = Position(step), step
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(self.layout.chunks))
 
-    # --- computed steps ---------------------------------------------------------------------------------
+    # --- before a step ------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Announce the step in which this worker now computes, unless it has: a step may take several forward passes.
+    def missed(self) -> bool:
+        """Tell whether the next step closes without this worker; the same answer until that step has been made.
 
-        Raises:
-            ConfigError: the last backward pass has left out parameters.
+        A worker whose late payloads would be dropped joins a step that is under way only if it can still make it.
         """
-        connection, exchange = self.joined()
-        if exchange.half_way:
-            self.check_exchanged()
+        if self._decided_step != self.step:
+            self._has_thin_batch = self._closes_without_us()
+            self._decided_step = self.step
+        return self._has_thin_batch
+
+    def decide_again(self) -> None:
+        """Forget the answer: a batch was handed out, and no step was made with it."""
+        if not self.in_step:
+            self._decided_step = -1
+
+    def _closes_without_us(self) -> bool:
+        if not self.may_be_late:
+            return False
+        connection, _ = self.joined()
+        if connection.closed(self.step):
+            return True
+        usual_s = statistics.median(self._own_times_s) if self._own_times_s else None
+        patience_s = self.spec.rule.wait_before_joining_s(
+            self.step - self.spec.first_step, connection.elapsed_s(self.step), usual_s
+        )
+        return patience_s > 0.0 and connection.wait_closed(self.step, patience_s)
+
+    # --- full and thin steps ------------------------------------------------------------------------------
+
+    def begin(self, *, synced: bool = True) -> None:
+        """Begin the step, unless that was done: a step may take several forward passes.
+
+        Args:
+            synced: the backward pass will exchange gradients; False under no_sync().
+        Raises:
+            ConfigError: the last backward pass has left out parameters, or has failed half-way.
+        """
+        self._check_backward()
+        self._synced = synced
         if self.in_step:
             return
-        self._verify()
-        self.position.go("begin")
+        connection, exchange = self.joined()
+        self._advice.before_forward(self.step)
+        self._state_if_due()
+        # With a thin batch for the step before (two steps per batch, say) an open step is computed on what there is.
+        thin = self._has_thin_batch and self.may_be_late and connection.closed(self.step)
+        self.position.go("begin thin" if thin else "begin")
+        if thin:
+            self._buffers.keep()
+        exchange.begin(thin=thin)
         self._begun_at_s = self._now()
-        self._spans.mark("begin", step=self.step)
-        connection.begin(self.step)
+        self._spans.mark("begin", step=self.step, thin=thin)
+        connection.begin(self.step, thin=thin)
+
+    def backward_begins(self) -> None:
+        """A backward pass through DDP's outputs begins. Called by autograd."""
+        if not self.in_step or self._backward_running:
+            return
+        self.joined()[1].flat.remember()
+        if self._synced:
+            self._backward_running = True
+            before = self._gradients()
+
+            def ends() -> None:
+                self._backward_running = False
+                # torch.autograd.grad leaves .grad alone, and is none of the step's backward passes.
+                self._backward_left_out = self.in_step and self._gradients() != before
+
+            torch.autograd.Variable._execution_engine.queue_callback(ends)
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """Return which gradients there are, and how often each was written."""
+        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.layout.parameters]
 
     def exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """Take one of DDP's buckets; with the last one wait for the step's result, which is then in all of them."""
@@ -125,20 +211,29 @@ class Replica:
             connection, exchange = self.joined()
             if not self.in_step:
                 self.begin()  # a backward pass whose forward ran in eval mode
+            thin = self.position.phase is Phase.THIN
             scale = self.update.loss_scale()
             closed_without_us = connection.closed(self.step)
             future = exchange.take(bucket, self.step, scale)
             if exchange.gathered:
                 self.position.go("gather")
-                self._own_times_s.append(self._now() - self._begun_at_s)
-                self.counts.late_steps += closed_without_us
+                if exchange.not_finite:
+                    self._advice.not_finite(self.step)
+                if not thin:
+                    self._own_times_s.append(self._now() - self._begun_at_s)
+                    self.counts.late_steps += closed_without_us
                 # Every gradient is out, so waiting here delays nothing; and unlike DDP's own wait for the futures it
                 # can be interrupted, and an error surfaces as itself and not as a failed cast of a future's value.
                 waiting_since_s = self._now()
                 exchange.finish(self.step, scale, self._note)
                 self.counts.wait_s += self._now() - waiting_since_s
-                self.counts.computed_steps += 1
-                self.position.go("exchange")
+                if thin:
+                    self.counts.thin_steps += 1
+                    self._buffers.restore()
+                    self._advice.thin_step(connection.session.inbox.newest - self.step)
+                else:
+                    self.counts.computed_steps += 1
+                self._made()
             return future
         except Exception as error:
             self.tell_all(repr(error))
@@ -146,23 +241,72 @@ class Replica:
                 raise
             raise QGCError(f"worker {self.worker}, step {self.step}: the hook failed: {error!r}") from error
 
+    def _made(self) -> None:
+        """A step's result is in .grad."""
+        self.position.go("exchange")
+        self._backward_left_out = False
+        self._advice.step_made(self.counts, statistics.median(self._own_times_s) if self._own_times_s else None)
+        self._advice.after_backward()
+
+    def abandon(self) -> None:
+        """Give up the step that a forward pass has begun: this worker counts as late for it.
+
+        The step's result is taken in the loop body that comes next, so this worker's loop needs one more to make as
+        many steps as the others; `state.loader` sees to that.
+
+        Raises:
+            ConfigError: its backward pass has begun, and DDP is in the middle of its reduction.
+        """
+        self._check_backward()
+        if self.in_step:
+            self._spans.mark("abandon", step=self.step)
+            self.joined()[1].reset()
+            self._buffers.restore()
+            self.position.go("abandon")
+        self._decided_step = -1
+
+    @property
+    def abandoned(self) -> bool:
+        """A forward pass has begun a step, no backward pass has followed, and none under no_sync is under way."""
+        return self.position.phase in (Phase.BEGUN, Phase.THIN) and self._synced and not self._backward_left_out
+
     def check_exchanged(self) -> None:
         """Raise ConfigError, here and on all ranks, if a step has begun whose gradient was not exchanged."""
+        self._check_backward()
         if not self.in_step:
             return
-        missing = self.joined()[1].without_gradient()
-        if missing:
-            problem = (
-                f"expected a gradient of every parameter, got none of {', '.join(missing[:8])}"
-                f"{' ...' if len(missing) > 8 else ''}: freeze it (requires_grad_(False)) before DDP(model), or let "
-                "the loss depend on it in every step"
+        self._refuse(
+            "a forward pass has begun the step, but its gradient was not exchanged before the update. Was the hook "
+            "registered (model.register_comm_hook(state, qgc.qgc_hook))? Forward passes that are not trained on "
+            "belong under torch.no_grad()"
+        )
+
+    def check_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check and remember an optimizer that is about to make a step with this replica's parameters."""
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer" and self.may_be_late:
+            self._refuse(
+                "ZeroRedundancyOptimizer broadcasts parameters in each step, so that every rank waits for the slowest: "
+                "use the optimizer that it wraps, or deadline_s=None"
             )
-        else:
-            problem = (
-                "a forward pass has begun the step, but its gradient was not exchanged before the update. Was the hook "
-                "registered (model.register_comm_hook(state, qgc.qgc_hook))? Forward passes that are not trained on "
-                "belong under torch.no_grad()"
+        self.statement.watch(optimizer)
+        self.check_exchanged()
+
+    def _check_backward(self) -> None:
+        if self._backward_running:
+            self._refuse(
+                "the last backward pass has raised an error half-way, and DDP cannot begin another one after that: let "
+                "the error end the job, or catch what can fail (memory) in the forward pass"
             )
+        if self._backward_left_out:
+            missing = self.joined()[1].without_gradient()
+            named = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}" if missing else "some of them"
+            self._refuse(
+                f"expected a gradient of every parameter, got none of {named}: freeze it (requires_grad_(False)) "
+                "before DDP(model), or let the loss depend on it in every step"
+            )
+
+    def _refuse(self, problem: str) -> None:
+        self._backward_running = self._backward_left_out = False
         self.tell_all(problem)
         raise ConfigError(f"worker {self.worker}, step {self.step}: {problem}")
 
@@ -184,38 +328,25 @@ class Replica:
         if not self.spec.waits_for_all(result.step):
             self.rates.update(result.chunk, result.counts, result.alive)
 
-    # --- steps that closed without us -------------------------------------------------------------------
-
-    def missed(self) -> bool:
-        """Tell whether the next step closes without this worker: then it is replayed, else computed.
-
-        A worker whose late payloads would be dropped joins a step that is under way only if it can still make it.
-        """
-        connection, _ = self.joined()
-        if connection.closed(self.step):
-            return True
-        usual_s = statistics.median(self._own_times_s) if self._own_times_s else None
-        patience_s = self.spec.rule.wait_before_joining_s(
-            self.step - self.spec.first_step, connection.elapsed_s(self.step), usual_s
-        )
-        return patience_s > 0.0 and connection.wait_closed(self.step, patience_s)
+    # --- replayed steps -----------------------------------------------------------------------------------
 
     def take_missed(self) -> None:
         """Put the result of a step that closed without this worker into `.grad`; an update has to follow."""
-        self._verify()
-        _, exchange = self.joined()
+        connection, exchange = self.joined()
+        self._state_if_due()
         scale = self.update.loss_scale()
         self.position.go("replay")
+        connection.begin(self.step, thin=True)
         with self._spans("replay", step=self.step):
             exchange.receive(self.step, self._note)
             for p, slot in zip(self.layout.parameters, self.layout.slots):
                 # In the parameter's own memory format, as autograd makes it: optimizers round differently over others.
                 p.grad = exchange.flat.put(slot, torch.empty_like(p), scale)
         self.counts.replayed_steps += 1
-        self.position.go("exchange")
+        self._made()
 
     def replay(self) -> None:
-        """Apply a step that closed without this worker as everybody else did."""
+        """Apply a step that closed without this worker by the bound update, as everybody else did."""
         update = self.update.call
         found = [p.grad for p in self.layout.parameters]
         self.take_missed()
@@ -223,43 +354,57 @@ class Replica:
         for p, gradient in zip(self.layout.parameters, found):
             p.grad = gradient  # as it was: whoever clears gradients after loading a batch still does
 
-    def catch_up(self, end_step: int) -> None:
-        """Replay the steps below end_step that closed without this worker."""
-        while self.step < end_step and self.missed():
-            self.replay()
+    # --- agreement ----------------------------------------------------------------------------------------
 
-    def await_step(self, end_step: int) -> None:
-        """Replay the steps below end_step, waiting for them to close.
+    def _state_if_due(self) -> None:
+        """State what this replica is, before a step in front of which all do."""
+        if not self.spec.verify_every or self.step <= self._stated_step:
+            return
+        made = self.step - self.spec.first_step
+        asked = self._connection is not None and self._connection.verify_asked(self.step)
+        if asked or made in _EARLY_CHECKS or self.step % self.spec.verify_every == 0:
+            self.state_now()
 
-        Raises:
-            ConfigError: one does not close, although the other models of the loop are past it.
+    def state_now(self) -> None:
+        """State what this replica is, for all to be compared."""
+        if self._connection is not None and self.spec.verify_every and self.step > self._stated_step:
+            self._stated_step = self.step
+            self._spans.mark("hash", step=self.step)
+            self._connection.send_hash(self.step, self.statement.parts())
+
+    def loop_ended(self, *, owed: int) -> int:
+        """Note that this worker has come to the end of a loop in which it made steps.
+
+        Args:
+            owed: batches that made no step, as far as this worker knows on it alone.
+        Returns:
+            Steps that it has made less than others in their loops, and makes up for now.
         """
-        while self.step < end_step:
-            if not self.joined()[0].wait_closed(self.step, 30.0):
-                raise ConfigError(
-                    f"worker {self.worker}: expected every state of the loop to make as many steps, but one has made "
-                    f"{self.step} where another has made {end_step}, and nobody makes the next: "
-                    "models that step at different rates need deadline_s=None"
-                )
-            self.replay()
+        if self._connection is None:
+            return 0
+        if not owed:
+            self.state_now()
+        self._connection.mark(self.loops, self.step, owed)
+        if not owed:
+            self.loops += 1
+            return 0
+        ahead = self._connection.marked(self.loops, self.spec.join_timeout_s) - self.step
+        self.loops += 1
+        return max(ahead, 0)
 
-    def check_replayable(self) -> None:
-        """Raise ConfigError if this worker may have to replay steps and does not know the update."""
-        if self.may_be_late:
-            _ = self.update.call
-
-    # --- joining, agreement -----------------------------------------------------------------------------
+    # --- joining, leaving ---------------------------------------------------------------------------------
 
     def joined(self) -> tuple[Connection, Exchange]:
         """Return the connection and the exchange; join the job now if that has not been done."""
         if self._connection is None or self._exchange is None:
             connection = self._connect(self.spec, self.plan, self.step, self._trace)
-            self._closer = weakref.finalize(self, connection.close)  # also at interpreter exit
+            self._closer = weakref.finalize(self, connection.close)  # if nobody closes it
             connection.join(self.spec.join_timeout_s)
             self._connection = connection
             self._exchange = Exchange(
                 self.layout, self.plan, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
             )
+            _at_the_end(self)
         return self._connection, self._exchange
 
     def report(self) -> Report:
@@ -268,17 +413,49 @@ class Replica:
         return self.counts.snapshot(self.rates.overall(), session)
 
     def close(self) -> None:
-        """Leave the job; twice does no harm."""
-        self.position.go("leave")
-        if self._closer is not None:
-            self._closer()
+        """Leave the job: compare replicas a last time, then say goodbye; twice does no harm.
 
-    def _verify(self) -> None:
-        every = self.spec.verify_every
-        if every and self.step % every == 0 and self.step > self._hashed_step:
-            self._hashed_step = self.step
-            self._spans.mark("hash", step=self.step)
-            self.joined()[0].send_hash(self.step, self.layout.parameter_digest())
+        Raises:
+            JobFailed: they differ, or another rank goes on with steps that this one does not make.
+        """
+        if self.position.phase is Phase.LEFT:
+            return
+        connection = self._connection
+        try:
+            # Not where an error is on its way already, and not in the middle of a step.
+            if connection is not None and sys.exc_info()[0] is None and not self.in_step and self.spec.verify_every:
+                connection.say_goodbye(self.step, self.statement.parts(), self.spec.join_timeout_s)
+        finally:
+            self.position.go("leave")
+            if self._closer is not None:
+                self._closer()
 
     def __repr__(self) -> str:
         return f"Replica(worker {self.worker} of {self.spec.workers}, {self.position!r}, {self.layout!r})"
+
+
+def _at_the_end(replica: Replica) -> None:
+    """Tell all of an error that nobody catches, and leave in good order when the process ends."""
+    alive = weakref.ref(replica)
+    before = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        here = alive()
+        if here is not None and here.position.phase is not Phase.LEFT:
+            here.tell_all("".join(traceback.format_exception_only(kind, error)).strip())
+
+    def leave() -> None:
+        here = alive()
+        if here is None or os.getpid() != pid:
+            return
+        try:
+            here.close()
+        except QGCError:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # an exception here would not change the exit status
+
+    pid = os.getpid()
+    sys.excepthook = tell
+    atexit.register(leave)

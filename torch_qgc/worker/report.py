@@ -19,7 +19,8 @@ class Report:
 
     Attributes:
         computed_steps: steps for which this worker computed a gradient.
-        replayed_steps: steps that closed without it and that it replayed.
+        thin_steps: steps that closed without it, whose loop body ran on a few samples for the result only.
+        replayed_steps: steps that closed without it and that it replayed by the bound update.
         late_steps: computed steps that had closed before this worker's last chunk was out.
         rates: [K] contributions of each worker per round lately, r_k: the estimate that decoding takes its coefficients
             from (`torch_qgc.job.rates.ArrivalRates`), over all chunks; at first what the plan expects.
@@ -33,6 +34,7 @@ class Report:
     workers: int
     numel: int
     computed_steps: int = 0
+    thin_steps: int = 0
     replayed_steps: int = 0
     late_steps: int = 0
     bytes_sent: int = 0
@@ -54,7 +56,7 @@ class Report:
     @property
     def steps(self) -> int:
         """Steps that this replica has applied."""
-        return self.computed_steps + self.replayed_steps
+        return self.computed_steps + self.thin_steps + self.replayed_steps
 
     @property
     def contributions(self) -> NDArray[np.float64]:
@@ -79,7 +81,7 @@ class Report:
         shares = " ".join(f"{c:.2f}" for c in self.contributions)
         return (
             f"{self.steps} steps: {self.computed_steps} computed ({self.late_steps} of them late), "
-            f"{self.replayed_steps} replayed; contributions per round [{shares}]; sent "
+            f"{self.thin_steps} thin, {self.replayed_steps} replayed; contributions per round [{shares}]; sent "
             f"{self.bytes_sent_per_step / 2**20:.2f} MiB per step (fp32 gradient: {self.numel * 4 / 2**20:.2f} MiB); "
             f"waited {self.wait_s:.1f} s"
         )

@@ -51,9 +51,13 @@ class Session:
         self.welcomed: set[int] = set()
         self.failed_at: set[int] = set()  # aggregators that have said that the job has failed
         self.gone: dict[int, str] = {}  # workers that are no longer in, and how they went
+        self.verify_steps: set[int] = set()  # before which replicas are to be compared
+        self.agreed_step = -1  # the newest before which all were found equal
+        self.marked_steps: dict[int, int] = {}  # loop -> the newest step at which one has ended
         self.rejections: list[str] = []
         self.bytes_sent = self.bytes_received = 0
         self.outbox: list[Outgoing] = []
+        self._left = False
         self._plan_json, self._silence_s, self._trace = plan_json, silence_s, trace
         self._silent_s = [0.0] * len(self.endpoints)
         self._last_tick_s: float | None = None
@@ -76,6 +80,12 @@ class Session:
             return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm)), buffer]
 
         self.outbox.append((chunk % len(self.endpoints), frames))
+
+    def leave(self) -> None:
+        """Queue a goodbye, once."""
+        if not self._left:
+            self._left = True
+            self.say(messages.Bye(self.inbox.step))
 
     def refetch(self) -> None:
         """Ask again for the results that the step at hand lacks."""
@@ -122,6 +132,12 @@ class Session:
                 self.end(JobFailed(text))
             case messages.Gone(worker, how):
                 self._note_gone(worker, how, now)
+            case messages.Verify(step):
+                self.verify_steps = {s for s in self.verify_steps if s >= self.inbox.step} | {step}
+            case messages.Agreed(step):
+                self.agreed_step = max(self.agreed_step, step)
+            case messages.Marked(number, step):
+                self.marked_steps = {number: step} | {n: s for n, s in self.marked_steps.items() if n > number - 4}
             case messages.Rejected(text):
                 self.rejections = [*self.rejections[-99:], text]
                 logger.warning("worker %d: an aggregator has dropped a message: %s", self.worker, text)

@@ -1,4 +1,4 @@
-"""The update: the user's way from gradients to new parameters, which late workers replay."""
+"""The update: everything a loop does between the backward pass and the next step, if the user has said what that is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 class Update:
-    """One call without arguments, the same on every rank: clip, step, schedule, clear.
+    """Everything between the backward pass and the next step, as one call without arguments: the same on every rank.
 
-    Either something was bound, or there is exactly one coded optimizer, whose step it is then.
+    Only where the user has said that something is all of it may late steps be replayed without running the loop body.
 
     Args:
         layout: of the model whose parameters are updated.
@@ -30,32 +30,28 @@ class Update:
         self._layout = layout
         self._check_exchanged = check_exchanged
         self._bound: Callable[[], Any] | None = None
-        self._attached: list[torch.optim.Optimizer] = []
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take a coded optimizer; if it stays the only one, its step is the update unless another is bound."""
-        self._check_parameters(optimizer)
-        self._attached.append(optimizer)
 
     def set(self, call: Callable[[], Any]) -> None:
         """Let a call of the user's own be the update."""
         self._bound = call
 
     @property
+    def known(self) -> bool:
+        """The user has said what the update is."""
+        return self._bound is not None
+
+    @property
     def call(self) -> Callable[[], Any]:
         """The update.
 
         Raises:
-            ConfigError: nothing was bound, and there is no coded optimizer, or more than one.
+            ConfigError: nothing was bound.
         """
-        if self._bound is None and len(self._attached) == 1:
-            self.bind(self._attached[0])
         if self._bound is None:
             raise ConfigError(
-                "a late worker replays steps, and must know how gradients become parameters: expected one update, got "
-                + (f"{len(self._attached)} coded optimizers" if self._attached else "none")
-                + ": CodedSGD or CodedAdam (a single one), or state.bind(optimizer, scheduler=..., max_grad_norm=..., "
-                "scaler=...) with one optimizer or a list, or state.update = a function of no arguments"
+                "state.update: expected an update, got none: state.bind(optimizer, scheduler=..., max_grad_norm=..., "
+                "scaler=...) with one optimizer or a list, or state.update = a function of no arguments. A loop that "
+                "calls its optimizer itself needs neither"
             )
         return self._bound
 
@@ -66,8 +62,11 @@ class Update:
         scheduler: Any = None,
         max_grad_norm: float | None = None,
         scaler: Any = None,
+        before: Callable[[int], Any] | None = None,
+        after: Callable[[int], Any] | None = None,
+        step: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Make the update of what most loops do; see `QGCState.bind`."""
+        """Make the update of what most loops do; see `QGCState.bind`. `step` tells which step was exchanged last."""
         optimizers, schedulers = _listed(optimizer), _listed(scheduler)
         if not optimizers:
             raise ConfigError("state.bind: expected an optimizer or a list of them, got none")
@@ -79,6 +78,9 @@ class Update:
 
         def update() -> None:
             self._check_exchanged()
+            made = step()
+            if before is not None:
+                before(made)
             for one in optimizers if scaler is not None else ():
                 scaler.unscale_(one)
             if max_grad_norm is not None:
@@ -94,6 +96,8 @@ class Update:
                 scaler.update()
             for one in optimizers:
                 one.zero_grad()
+            if after is not None:
+                after(made)
 
         self._bound, self.scaler = update, scaler
 
