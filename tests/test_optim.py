@@ -24,14 +24,10 @@ class FakeReplica:
 
     def __init__(self, second: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         self.second = second
-        self.attached: list[Any] = []
-        self.checks = 0
-        self.update = SimpleNamespace(attach=self.attached.append)
+        self.watched: list[Any] = []
+        self.statement = SimpleNamespace(watch=self.watched.append)
         self.plan = SimpleNamespace(second_track=None if second is None else "hajek")
         self.layout = Everything()
-
-    def check_exchanged(self) -> None:
-        self.checks += 1
 
     def second_scale(self, parameter: torch.Tensor) -> float | torch.Tensor:
         if self.second is None:
@@ -219,11 +215,10 @@ EACH = pytest.mark.parametrize(("ours", "theirs", "options"), MAKERS)
 def test_they_are_real_optimizers(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     params, state = parameters(), State(second_of)
     optimizer = ours([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], state, 0.1, **options)
-    assert state.replica.attached == [optimizer]
+    assert state.replica.watched == [optimizer]
     assert isinstance(optimizer, theirs)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     train(optimizer, params, steps=2)
-    assert state.replica.checks == 2
     scheduler.step()
     assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.05]
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.3})

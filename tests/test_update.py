@@ -82,27 +82,32 @@ def test_the_scaler_unscales_before_clipping_and_skips_what_is_not_finite() -> N
     disabled.update.call()
 
 
-def test_one_attached_optimizer_is_the_update_and_two_must_be_bound() -> None:
+def test_nothing_is_the_update_until_the_user_says_so() -> None:
     case = Case()
-    with pytest.raises(ConfigError, match=r"got none: .*state\.bind\(optimizer"):
+    assert not case.update.known
+    with pytest.raises(ConfigError, match=r"got none: state\.bind\(optimizer"):
         _ = case.update.call
-    first, second = (sgd([p]) for p in case.model.parameters())
-    case.update.attach(first)
-    case.update.attach(second)
-    with pytest.raises(ConfigError, match="got 2 coded optimizers"):
-        _ = case.update.call
-    case.update.bind([first, second])
-    case.fill(1.0)
-    case.update.call()
-
-
-def test_what_was_set_by_hand_wins() -> None:
-    case = Case()
     calls: list[int] = []
-    case.update.attach(sgd(case.model.parameters()))
     case.update.set(lambda: calls.append(1))
+    assert case.update.known
     case.update.call()
     assert calls == [1]
+
+
+def test_calls_before_and_after_are_told_the_step() -> None:
+    case = Case()
+    seen: list[Any] = []
+    weight = case.model.weight
+    case.update.bind(
+        sgd(case.model.parameters()),
+        before=lambda step: seen.append(("before", step, float(weight[0, 0].detach()))),
+        after=lambda step: seen.append(("after", step, float(weight[0, 0].detach()))),
+        step=lambda: 7,
+    )
+    case.fill(1.0)
+    case.update.call()
+    assert [(name, step) for name, step, _ in seen] == [("before", 7), ("after", 7)]
+    assert seen[0][2] == pytest.approx(seen[1][2] + 1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

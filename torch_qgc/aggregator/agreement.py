@@ -86,8 +86,8 @@ def _unequal_ends(marks: Mapping[int, Mark]) -> str | None:
     named = ", ".join(f"workers {ks} at step {step}" for step, ks in sorted(ends.items()))
     return (
         f"loops have ended at different steps: {named}. Every rank's loop must make equally many steps. What ends it "
-        "early (early stopping, a limit on time or loss) must be decided by all ranks together, for example by rank 0 and "
-        "broadcast every n-th step"
+        "early (early stopping, a limit on time or loss) must be decided by all ranks together, for example by "
+        "rank 0 and broadcast every n-th step"
     )
 
 

@@ -345,6 +345,9 @@ class QGCState:
             check_step(self._model, self.replica.layout, self._others)
         self.replica.begin(synced=self._model.require_backward_grad_sync)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_state, ()  # a copy of the model takes no part in the job
+
     def __repr__(self) -> str:
         rule, replica = self.replica.spec.rule, self.replica
         closes = "waits for all" if rule.deadline_s is None else f"closes after {rule.deadline_s:g} s ({rule.late})"
@@ -404,6 +407,10 @@ class Forward:
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(backward_begins)  # type: ignore[no-untyped-call]
+
+
+def _no_state() -> None:
+    return None
 
 
 def _stop(children: list[Any]) -> None:

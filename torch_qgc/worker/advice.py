@@ -29,26 +29,45 @@ class Advice:
         self._spec, self._worker, self._sequence_number = spec, worker, sequence_number
         self._given: set[str] = set()
         self._after_backward: int | None = None
-        self._collectives = 0
+        self._before_forward: int | None = None
+        self._collectives: dict[str, int] = {}
+        self._step = 0
         self._behind = 0
 
     def after_backward(self) -> None:
         """A step's gradient was exchanged; what follows is the loop body."""
-        if self._spec.rule.deadline_s is not None and "collective" not in self._given:
-            self._after_backward = self._sequence_number()
+        self._after_backward = self._number()
 
     def before_forward(self, step: int) -> None:
         """A step begins."""
-        before, self._after_backward = self._after_backward, None
-        if before is None or step < self._spec.first_step + 3:  # DDP's own collectives of its first steps
+        self._step = step
+        self._before_forward = self._number()
+        self._compare(self._after_backward, self._before_forward, "loop body")
+        self._after_backward = None
+
+    def before_backward(self) -> None:
+        """The forward pass is over."""
+        self._compare(self._before_forward, self._number(), "forward pass")
+        self._before_forward = None
+
+    def _number(self) -> int | None:
+        watches = self._spec.rule.deadline_s is not None and "collective" not in self._given
+        return self._sequence_number() if watches else None
+
+    def _compare(self, before: int | None, after: int | None, where: str) -> None:
+        """Count the steps in a row in which a collective was made here."""
+        if (
+            before is None or after is None or self._step < self._spec.first_step + 3
+        ):  # DDP's own are in its first steps
             return
-        self._collectives = self._collectives + 1 if self._sequence_number() != before else 0
-        if self._collectives >= _SEEN_OFTEN:
+        self._collectives[where] = self._collectives.get(where, 0) + 1 if after != before else 0
+        if self._collectives[where] >= _SEEN_OFTEN:
             self._give(
                 "collective",
-                f"worker {self._worker}: the loop body makes a collective in each step, so every rank waits for the "
+                f"worker {self._worker}: the {where} makes a collective in each step, so every rank waits for the "
                 "slowest and the deadline does nothing. Usual culprits: a metric that is all-reduced, sync_dist=True, "
-                "a barrier, a broadcast of the learning rate. Do it every n-th step, or at the end of an epoch",
+                "a barrier, a broadcast of the learning rate, SyncBatchNorm. Do it every n-th step, or at the end "
+                "of an epoch",
             )
 
     def thin_step(self, steps_behind: int) -> None:
@@ -68,7 +87,7 @@ class Advice:
         self._give(
             f"finite {step // 100}",
             f"worker {self._worker}, step {step}: the gradient of this rank is not finite; it travels as such, "
-            "and makes the decoded gradient of its blocks NaN on all ranks (with GradScaler the step is skipped on all)",
+            "and makes the decoded gradient of its blocks NaN on all ranks (a GradScaler skips the step on all)",
         )
 
     def step_made(self, counts: Report, usual_s: float | None) -> None:

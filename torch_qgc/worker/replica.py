@@ -189,6 +189,7 @@ class Replica:
         """A backward pass through DDP's outputs begins. Called by autograd."""
         if not self.in_step or self._backward_running:
             return
+        self._advice.before_backward()
         self.joined()[1].flat.remember()
         if self._synced:
             self._backward_running = True
