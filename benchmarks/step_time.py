@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,12 +30,14 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_qgc as qgc
+from torch_qgc.job.events import Event
 
 JOBS = ["ddp", "ddp-bf16", "qgc-32", "qgc-4", "qgc-4-down8", "qgc-4-2agg"]
 RESULTS = Path(__file__).parent / "results"
+WARM_UP = 5  # steps
 
 
-def attach(job: str, model: DistributedDataParallel) -> qgc.QGCState | None:
+def attach(job: str, model: DistributedDataParallel, trace: Stretches) -> qgc.QGCState | None:
     """Register the job's communication hook."""
     if job == "ddp":
         return None
@@ -52,34 +53,23 @@ def attach(job: str, model: DistributedDataParallel) -> qgc.QGCState | None:
         downlink_bits=8 if "down8" in words else 32,
         aggregators=2 if "2agg" in words else 1,
         verify_every=0,
+        trace=trace,
     )
     model.register_comm_hook(state, qgc.qgc_hook)
     return state
 
 
-def instrument(state: qgc.QGCState) -> dict[str, float]:
-    """Add up the seconds that the training thread spends in each part of a step."""
-    seconds: dict[str, float] = {}
+class Stretches:
+    """Add up what a worker's trace says about the stretches of its steps, from a step on."""
 
-    def timed(owner: Any, name: str, label: str) -> None:
-        original: Callable[..., Any] = getattr(owner, name)
+    def __init__(self, first_step: int) -> None:
+        self._first_step = first_step
+        self.seconds: dict[str, float] = {}
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - start
-
-        setattr(owner, name, call)
-
-    exchange = state._steps.joined()
-    timed(exchange.flat, "gather", "gather")
-    timed(exchange.flat, "encode", "encode")
-    timed(exchange.flat, "decode", "take results")
-    timed(exchange, "receive", "wait and take results")
-    timed(exchange, "finish", "hook, after the last bucket")
-    return seconds
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        if event.step is not None and event.step >= self._first_step and "duration_s" in event.detail:
+            self.seconds[event.name] = self.seconds.get(event.name, 0.0) + event.detail["duration_s"]
 
 
 def train(job: str, steps: int, batch_size: int, size: int, out: Path) -> None:
@@ -89,27 +79,26 @@ def train(job: str, steps: int, batch_size: int, size: int, out: Path) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     model = DistributedDataParallel(torchvision.models.mobilenet_v3_small(num_classes=10), broadcast_buffers=False)
-    state = attach(job, model)
+    stretches = Stretches(first_step=WARM_UP)
+    state = attach(job, model, stretches)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(batch_size, 3, size, size)
     labels = torch.randint(10, (batch_size,))
-    times, compute, profile = [], [], {}
-    for step in range(steps + 5):
-        if step == 5:
+    times, compute = [], []
+    for step in range(steps + WARM_UP):
+        if step == WARM_UP:
             dist.barrier()
-            if state is not None:
-                profile = instrument(state)
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(images), labels)
         forward_done = time.perf_counter()
         loss.backward()
         optimizer.step()
-        if step >= 5:
+        if step >= WARM_UP:
             times.append(time.perf_counter() - start)
             compute.append(forward_done - start)
     if dist.get_rank() == 0:
-        parts = {label: value / steps for label, value in profile.items()}
+        parts = {label: value / steps for label, value in stretches.seconds.items()}
         parts["forward"] = statistics.mean(compute)
         sent = state.report().bytes_sent_per_step if state else float("nan")
         out.write_text(json.dumps({"times": times, "parts": parts, "bytes_sent": sent}))
