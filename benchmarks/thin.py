@@ -3,8 +3,8 @@
     python benchmarks/thin.py --rounds 15
 
 One process, one thread, no network: forward and backward pass, optimizer, and the copying of a result into the
-gradients. The three ways take turns. With seconds T per step of the job, F for a full, t for a thin step, a worker that is
-behind gains T - t per step: it can be at most F / (T - t) steps behind, and catches up only if t < T.
+gradients. The ways take turns. A worker that is behind catches up only if its thin step takes less time than a step of
+the job: one that is s times slower than the others needs a thin step below 1 / s of its full one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from torch_qgc.worker.ghost import Ghost
 from torch_qgc.worker.layout import Layout
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +65,7 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.layout = Layout(self.model.named_parameters())
         self.result = torch.randn(self.layout.numel) * 1e-3
+        self.ghost = Ghost(self.model, self.layout.parameters)
 
     def deliver(self) -> None:
         """Copy a result into the gradients, as the hook does."""
@@ -74,7 +76,10 @@ class Bench:
 
     def step(self, kind: str) -> None:
         """Make one step."""
-        if kind != "replayed":
+        if kind == "ghost":
+            with self.ghost.instead_of_forward():
+                self.loss(THIN).backward()
+        elif kind != "replayed":
             self.loss(self.batch if kind == "full" else THIN).backward()
         self.deliver()
         self.optimizer.step()
@@ -92,7 +97,7 @@ def main(rounds: Annotated[int, typer.Option(help="turns of each kind of step")]
         writer.writerow(["model", "kind", "turn", "seconds", "ratio_to_full", "hardware", "command"])
         for name, make in MODELS.items():
             bench = Bench(make)
-            kinds = ("full", "thin", "replayed")
+            kinds = ("full", "thin", "ghost", "replayed")
             for kind in kinds:
                 bench.step(kind)
             seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
