@@ -8,11 +8,13 @@ See docs/simulator.md.
 from torch_qgc.simulator.experiment import IDEAL, Experiment
 from torch_qgc.simulator.noise import noise_ratio
 from torch_qgc.simulator.simulate import run_experiment, simulate
+from torch_qgc.simulator.task import Task
 from torch_qgc.simulator.trace import Trace, load_traces, save_traces
 
 __all__ = [
     "IDEAL",
     "Experiment",
+    "Task",
     "Trace",
     "load_traces",
     "noise_ratio",

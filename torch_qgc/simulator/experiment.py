@@ -23,6 +23,7 @@ from torch_qgc.simulator.arrivals import DelaySource
 from torch_qgc.simulator.coding import plans_of
 from torch_qgc.simulator.descent import OptimizerLike
 from torch_qgc.simulator.gradients import Collate, Loss
+from torch_qgc.simulator.task import Evaluate
 from torch_qgc.worker.layout import Layout
 
 __all__ = ["IDEAL", "Experiment", "SchemeLike"]
@@ -87,7 +88,7 @@ class Experiment:
     micro_batch: int | None = None
     runs: int = 1
     seed: int = 0
-    evaluate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
+    evaluate: Evaluate | None = None
     evaluate_every: int = 0
     exact_every: int = 0
     workers: int = field(init=False)
