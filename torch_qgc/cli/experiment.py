@@ -49,7 +49,7 @@ _SCHEMES: dict[str, Callable[..., Scheme]] = {
 
 
 class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One of: shifted exponentials, straggle probabilities at the deadline, or a CSV of recorded seconds."""
+    """The table [delays]: shifted exponentials, straggle probabilities at the deadline, or a CSV of seconds."""
 
     workers: int | None = None
     mu: float | list[float] | None = None
@@ -59,7 +59,7 @@ class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A file: a task, delays, schemes by name, and fields of `Experiment`."""
+    """The file: a task, delays, schemes by name, and fields of `Experiment`."""
 
     task: str
     schemes: dict[str, dict[str, Any]]
@@ -82,14 +82,15 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = None) -> Experiment:
-    """Return what a file describes.
+    """Return the experiment that a file describes.
 
     Args:
         path: .toml or .json.
-        steps, runs: instead of the file's.
+        steps, runs: numbers that replace the file's.
     Raises:
-        ConfigError: not such a file; the message names the field. PlanError: a scheme that does not exist like this.
-        OSError: it cannot be read.
+        ConfigError: the file does not describe an experiment; the message names the field.
+        PlanError: a scheme cannot be made with the options given.
+        OSError: the file cannot be read.
     """
     config = _read(path)
     if steps is not None:

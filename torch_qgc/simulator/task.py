@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
-from torch_qgc.simulator.gradients import Collate, Loss
+from torch_qgc.simulator.gradients import Collate, Loss, Samples
 
 __all__ = ["Evaluate", "Task"]
 
 #: model -> name -> number.
-Evaluate = Callable[[torch.nn.Module], Mapping[str, float]]
+Evaluate: TypeAlias = Callable[[torch.nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,6 @@ class Task:
 
     model: torch.nn.Module
     loss: Loss
-    dataset: Any
+    dataset: Samples
     evaluate: Evaluate | None = None
     collate: Collate | None = None
