@@ -29,7 +29,7 @@ def mypy(*files: Path) -> subprocess.CompletedProcess[str]:
     """Run mypy as in a user's project, which has no configuration of ours."""
     roots = os.pathsep.join(str(path) for path in (Path(torch_qgc.__file__).parent.parent, HELPERS.parent))
     # Tensor.backward has no annotations in torch, so that no strict script can call it without this option.
-    options = ["--config-file=", "--strict", "--untyped-calls-exclude=torch", "--cache-dir=.mypy_cache"]
+    options = ["--config-file=", "--strict", "--untyped-calls-exclude=torch", "--cache-dir=.mypy_cache/users"]
     command = [sys.executable, "-m", "mypy", *options, *map(str, files)]
     environment = {**os.environ, "MYPYPATH": roots}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HELPERS.parent.parent)
