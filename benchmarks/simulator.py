@@ -2,9 +2,10 @@
 
     python benchmarks/simulator.py --steps 5 --rounds 3
 
-"batches": every worker draws 8 samples (built-in task "text", 16,900 coordinates); "partitions": the gradients of all
-partitions, one per worker, each computed once (least squares in 1,000 dimensions); "job": batches under the rules of a
-running job, late payloads folded. Times are CPU times of one thread; the ratio is to what was spent on gradients.
+"batches": every worker draws 8 samples (task `text` of examples/simulation, 16,900 coordinates); "partitions": the
+gradients of all partitions, one per worker, each computed once (least squares in 1,000 dimensions); "job": batches
+under the rules of a running job, late payloads folded. Times are CPU times of one thread; the ratio is to what was
+spent on gradients.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from rich.table import Table
 from torch_qgc.planner import make_plan
 from torch_qgc.planner.delays import ShiftedExponential
 from torch_qgc.protocol.contract import ClosingRule
-from torch_qgc.simulator import Experiment
+from torch_qgc.simulator import Experiment, Task
 from torch_qgc.simulator.gradients import Gradients
-from torch_qgc.simulator.tasks import Task, least_squares, text
 from torch_qgc.simulator.trajectory import Trajectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from simulation.tasks import least_squares, text
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (10, 100, 1000)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
-from torch_qgc.protocol import messages
+from torch_qgc.protocol import contract, messages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,7 +114,7 @@ def test_scripts_have_the_options_that_pages_use() -> None:
 
 
 def test_the_wire_page_names_every_message_and_field() -> None:
-    page = (ROOT / "docs" / "messages.md").read_text()
+    page = (ROOT / "docs" / "wire.md").read_text()
     rows = {
         row.split("|")[1].strip().strip("`"): row.split("|")[2] for row in page.splitlines() if row.startswith("| `")
     }
@@ -124,8 +124,9 @@ def test_the_wire_page_names_every_message_and_field() -> None:
     assert rows.keys() == tagged.keys()
     for tag, message in tagged.items():
         assert re.findall(r"`(\w+)`", rows[tag]) == [field.encode_name for field in msgspec.structs.fields(message)]
-    for field in messages.JobSpec.__struct_fields__:
+    for field in (*contract.JobSpec.__struct_fields__, *contract.ClosingRule.__struct_fields__):
         assert f"`{field}`" in page
+    assert f"or {messages.ABSENT} if the worker was not in" in page
     assert f"Protocol version {messages.PROTOCOL_VERSION}" in page
 
 

@@ -15,9 +15,10 @@ from test_schemes_error import payloads
 from torch_qgc import schemes
 from torch_qgc.ddp.sampler import CodedSampler, random_partitions
 from torch_qgc.errors import PlanError
-from torch_qgc.kernels import derive_key, encode
+from torch_qgc.kernels import decode_sum, derive_key, encode
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.simulator import IDEAL, coding, noise_ratio, simulate
+from torch_qgc.simulator.arrivals import Contribution
 
 
 def exact_variance(plan: Plan, sent: np.ndarray) -> np.ndarray:
@@ -273,6 +274,25 @@ def test_adam_squares_the_second_track() -> None:
     # After one step m / (1 - b1) = g1 and sqrt(v / (1 - b2)) = |g2| = shrink |g1|.
     expected = -0.1 * first[0] / (shrink * np.abs(first[0]) + 1e-8)
     np.testing.assert_allclose(kept[1].double().numpy(), expected, rtol=1e-4)
+
+
+def test_a_second_track_of_its_own_is_decoded_with_its_coefficients() -> None:
+    """No job trains with lmmse, whose second track is no multiple of the first; the simulator does."""
+    plan = make_plan(LATE[:3], second_track="lmmse")
+    codec = coding.SchemeCodec(plan, 700, seed=0)
+    rows = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
+    payloads = {(k, 5): codec.encode(k, 5, rows[k], delivered=True) for k in range(3)}
+    tracks = [torch.zeros(700), torch.zeros(700)]
+    codec.decode([Contribution(k, 5, 1) for k in (0, 2)], payloads, None, tracks)
+    arrived = np.array([1, 0, 1])
+    second = plan.second_coefficients(arrived)
+    assert second is not None
+    for track, coefficients in zip(tracks, (plan.coefficients(arrived), second)):
+        sent = [payloads[k, 5][0] for k in (0, 2)]
+        expected = torch.zeros(700)
+        decode_sum(sent, coefficients[[0, 2]].tolist(), expected, accumulate=False)
+        assert torch.equal(track, expected)
+    assert not torch.allclose(tracks[1] / tracks[0], tracks[1][0] / tracks[0][0])
 
 
 def test_a_schedule_and_clipping_reach_the_update() -> None:

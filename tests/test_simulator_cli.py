@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from simulation.tasks import least_squares, text
 from test_cli import qgc, refused
 
 from torch_qgc.cli.experiment import read_experiment
 from torch_qgc.planner import make_plan
 from torch_qgc.schemes import ErrorFeedback
-from torch_qgc.simulator import IDEAL, load_traces
-from torch_qgc.simulator.tasks import Task, least_squares, text
+from torch_qgc.simulator import IDEAL, Task, load_traces
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "simulation"
 
 CONFIG = """
-task = "least_squares"
+task = "simulation.tasks:least_squares"
 deadline_s = 2.0
 steps = 12
 lr = 0.05
@@ -89,12 +93,29 @@ def test_a_file_says_the_same_in_json(tmp_path: Path) -> None:
     assert sum(p.numel() for p in experiment.model.parameters()) == 5
 
 
-def test_the_example_of_the_manual_can_be_read(tmp_path: Path) -> None:
+def test_the_manual_shows_the_example() -> None:
     manual = Path(__file__).parent.parent / "docs" / "simulator.md"
-    (example,) = re.findall(r"```toml\n(.*?)```", manual.read_text(), re.DOTALL)
-    experiment = read_experiment(Path(written(tmp_path, example)))
-    assert list(experiment.schemes) == ["ideal", "qgc", "sgc, L2 scale", "is_sgd with memory"]
-    assert (experiment.batch_size, experiment.runs, experiment.workers) == (16, 5, 6)
+    (shown,) = re.findall(r"```toml\n(.*?)```", manual.read_text(), re.DOTALL)
+    assert (EXAMPLE / "text.toml").read_text().endswith(shown)
+
+
+def test_the_example_runs_in_its_folder() -> None:
+    """In a process of its own: the console script does not put the current directory on sys.path by itself."""
+    program = "from torch_qgc.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program] if sys.version_info >= (3, 11) else [sys.executable, "-c", program]
+    command += ["simulate", "--config", "text.toml", "--steps", "2", "--runs", "1", "--json"]
+    rows = json.loads(subprocess.run(command, cwd=EXAMPLE, capture_output=True, check=True).stdout)
+    assert list(rows) == ["ideal", "qgc", "sgc, L2 scale", "is_sgd with memory"]
+
+
+def test_a_task_comes_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "task_of_mine.py").write_text("from test_simulator_cli import own_task\n\nnumber = 3\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    mine = CONFIG.replace("simulation.tasks:least_squares", "task_of_mine:own_task")
+    config = written(tmp_path, mine.replace("samples = 60, features = 20", "size = 4"))
+    assert read_experiment(Path(config)).evaluate is None
+    refused(qgc("simulate", "--config", written(tmp_path, mine.replace(":own_task", ":number"))), "to be a function")
 
 
 def test_recorded_delays_come_from_a_csv_beside_the_file(tmp_path: Path) -> None:
@@ -127,9 +148,12 @@ def test_recorded_delays_come_from_a_csv_beside_the_file(tmp_path: Path) -> None
         ("straggle_probs = [0.05, 0.1, 0.3]", "mu = [1.0, 2.0]\nworkers = 3", "one number of workers, got [2, 3]"),
         ("straggle_probs = [0.05, 0.1, 0.3]", "", "one of mu, straggle_probs and csv"),
         ("0.05, 0.1, 0.3", "0.05, 0.1, 1.0", "numbers in (0, 1)"),
-        ('"least_squares"', '"most_squares"', "task: expected one of text, least_squares"),
-        ('"least_squares"', '"json:dumps"', "task_options: json:dumps"),
-        ("features = 20", "feature = 20", "task_options: least_squares"),
+        ('task = "simulation.tasks:least_squares"', "", "missing required field `task`"),
+        ("tasks:least_squares", "tasks:most_squares", "no attribute 'most_squares'): write a function"),
+        ("simulation.tasks:", "no_such_module:", "task: expected 'module:function' with a module that can be imported"),
+        ("simulation.tasks:", "", "task: expected 'module:function'"),
+        ("simulation.tasks:least_squares", "json:dumps", "task_options: json:dumps"),
+        ("features = 20", "feature = 20", "task_options: simulation.tasks:least_squares"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

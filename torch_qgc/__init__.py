@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch_qgc import kernels as kernels
+    from torch_qgc import planner as planner
+    from torch_qgc import schemes as schemes
+    from torch_qgc import simulator as simulator
     from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD
     from torch_qgc.ddp.rendezvous import Network
     from torch_qgc.ddp.settings import Limits
@@ -43,7 +47,8 @@ __all__ = [
     "qgc_hook",
 ]
 
-# Imported when first asked for: an aggregator and `qgc plan` need no torch, which takes seconds to load.
+# Names are imported when they are first used, since an aggregator and `qgc plan` need no torch, which takes seconds to
+# load. Type checkers see the imports above instead, and report names that do not exist.
 _MODULES = {
     "ddp.state": ("QGCState", "attach", "qgc_hook"),
     "ddp.optim": ("CodedAdam", "CodedAdamW", "CodedSGD"),
@@ -56,12 +61,14 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 _ROOMS = ("kernels", "planner", "schemes", "simulator")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _ROOMS:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

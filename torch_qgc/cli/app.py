@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from torch_qgc.cli import doctor as machine
 from torch_qgc.cli import tables
-from torch_qgc.cli.comparison import compare
+from torch_qgc.cli.comparison import Budget, compare
 from torch_qgc.cli.delays import straggle_probs_from
 from torch_qgc.cli.reporting import reporting
 from torch_qgc.cli.simulate import simulate
@@ -61,7 +61,7 @@ def plan(
             decoder=decoder,
             second_track=second_track,
         )
-        budget: dict[str, Any] = {
+        budget: Budget = {
             "bits_per_coordinate": bits_per_coordinate,
             "bit_budget": bit_budget,
             "num_partitions": num_partitions,
@@ -70,7 +70,7 @@ def plan(
             straggle_probs, delays, deadline_s, lambda p: make_plan(p, options=options, **budget).residual_bound
         )
         made = make_plan(late, options=options, **budget)
-        others = compare(made, {name: value for name, value in budget.items() if value is not None}, options)
+        others = compare(made, budget, options)
         if out is not None:
             out.write_text(made.to_json())
         if plot is not None:

@@ -1,10 +1,10 @@
-"""A plan beside the other schemes at the same bits."""
+"""The error of a plan, and of the other schemes at the same bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -14,11 +14,11 @@ from torch_qgc.planner import Plan, PlanOptions
 from torch_qgc.planner.checks import Floats
 from torch_qgc.planner.rules import FIXED
 
-__all__ = ["Row", "compare"]
+__all__ = ["Budget", "Row", "compare"]
 
 _ENUMERATED_WORKERS = 10
 _DRAWN_PATTERNS = 2000
-_MOST_WORKERS = 64  # rules that solve a system per round would take too long beyond
+_MOST_WORKERS = 64  # with more, decoders that solve a system per round take too long
 
 _SCHEMES: dict[str, tuple[Callable[..., Plan], dict[str, Any]]] = {
     "osgc": (schemes.osgc, {}),
@@ -36,13 +36,22 @@ _SCHEMES: dict[str, tuple[Callable[..., Plan], dict[str, Any]]] = {
 }
 
 
+class Budget(TypedDict):
+    """The arguments of `make_plan`, and of every scheme, that say how many bits and partitions there are."""
+
+    bits_per_coordinate: float | None
+    bit_budget: int | None
+    num_partitions: int | None
+
+
 @dataclass(frozen=True)
 class Row:
     """One scheme: bits per coordinate over all workers, load, and error.
 
     Attributes:
         residual: relative error of a round if all partitions have the same gradient.
-        residual_orthogonal, bias_orthogonal: the same, and its part that is bias, if their gradients are orthogonal.
+        residual_orthogonal: relative error of a round if the gradients of different partitions are orthogonal.
+        bias_orthogonal: the part of the latter that is bias.
     """
 
     name: str
@@ -53,7 +62,7 @@ class Row:
     bias_orthogonal: float
 
 
-def compare(plan: Plan, budget: dict[str, Any], options: PlanOptions) -> list[Row]:
+def compare(plan: Plan, budget: Budget, options: PlanOptions) -> list[Row]:
     """Return the plan's row, then those of all schemes that exist for as many workers and bits.
 
     Random codes are drawn once, with seed 0. Beyond 64 workers there is the plan's row alone, and not even that if its
@@ -61,8 +70,8 @@ def compare(plan: Plan, budget: dict[str, Any], options: PlanOptions) -> list[Ro
 
     Args:
         plan: from `make_plan`.
-        budget: keywords bits_per_coordinate, bit_budget and num_partitions, as far as given.
-        options: of the plan; its norm, variance and batch noise hold for all.
+        budget: what the plan was made from; all schemes get the same.
+        options: those of the plan; norm, variance and batch noise hold for all schemes.
     """
     if plan.num_workers > _MOST_WORKERS:
         return [_row("qgc", plan, plan.variance)] if plan.decoder in FIXED else []

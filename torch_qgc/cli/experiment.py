@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +21,8 @@ from torch_qgc.planner.checks import Floats, per_worker
 from torch_qgc.planner.delays import DelayModel, Empirical, ShiftedExponential
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import Scheme
-from torch_qgc.simulator import IDEAL, Experiment
+from torch_qgc.simulator import IDEAL, Experiment, Task
 from torch_qgc.simulator.experiment import SchemeLike
-from torch_qgc.simulator.tasks import TASKS, Task
 
 __all__ = ["read_experiment"]
 
@@ -48,7 +49,7 @@ _SCHEMES: dict[str, Callable[..., Scheme]] = {
 
 
 class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One of: shifted exponentials, straggle probabilities at the deadline, or a CSV of recorded seconds."""
+    """The table [delays]: shifted exponentials, straggle probabilities at the deadline, or a CSV of seconds."""
 
     workers: int | None = None
     mu: float | list[float] | None = None
@@ -58,12 +59,12 @@ class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A file: a task, delays, schemes by name, and fields of `Experiment`."""
+    """The file: a task, delays, schemes by name, and fields of `Experiment`."""
 
+    task: str
     schemes: dict[str, dict[str, Any]]
     delays: Delays
     steps: int
-    task: str = "text"
     task_options: dict[str, Any] = {}
     deadline_s: float | None = None
     rule: ClosingRule | None = None
@@ -81,14 +82,15 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = None) -> Experiment:
-    """Return what a file describes.
+    """Return the experiment that a file describes.
 
     Args:
         path: .toml or .json.
-        steps, runs: instead of the file's.
+        steps, runs: numbers that replace the file's.
     Raises:
-        ConfigError: not such a file; the message names the field. PlanError: a scheme that does not exist like this.
-        OSError: it cannot be read.
+        ConfigError: the file does not describe an experiment; the message names the field.
+        PlanError: a scheme cannot be made with the options given.
+        OSError: the file cannot be read.
     """
     config = _read(path)
     if steps is not None:
@@ -181,22 +183,25 @@ def _scheme(name: str, options: dict[str, Any], late: Floats) -> SchemeLike:
 
 
 def _task(name: str, options: dict[str, Any]) -> Task:
-    """Return a built-in task, or what "module:function" returns."""
-    make = TASKS.get(name)
-    if make is None:
-        module, _, function = name.partition(":")
-        try:
-            make = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"task: expected one of {', '.join(TASKS)}, or module:function that can be imported, got {name!r} "
-                f"({error})"
-            ) from error
+    """Return what the function behind "module:function" returns; modules in the current directory are found first."""
+    module, _, function = name.partition(":")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"task: expected 'module:function' with a module that can be imported from {folder} or is installed, got "
+            f"{name!r} ({error}): write a function that returns torch_qgc.simulator.Task, see docs/simulator.md"
+        ) from error
+    if not callable(make):
+        raise ConfigError(f"task: expected {name!r} to be a function, got {type(make).__name__}")
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
         raise ConfigError(f"task_options: {name}: {error}") from error
     task = make(**options)
     if not isinstance(task, Task):
-        raise ConfigError(f"task: expected {name} to return torch_qgc.simulator.tasks.Task, got {type(task).__name__}")
+        raise ConfigError(f"task: expected {name} to return torch_qgc.simulator.Task, got {type(task).__name__}")
     return task

@@ -1,20 +1,25 @@
-"""Pictures of plans. They need matplotlib, which the extra `torch_qgc[bench]` brings."""
+"""Pictures of plans. They need matplotlib, which the extra `torch_qgc[bench]` installs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan, PlanOptions, make_plan
 from torch_qgc.planner.bits import Method
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["budget_picture", "figure", "plan_picture", "save", "shares_picture"]
 
 _BITS_SHOWN = range(2, 9)
-_MOST_WORKERS = 100  # for which all allocators run at all budgets in a moment
+_MOST_WORKERS = 100  # with more, running all allocators at all budgets takes too long for a picture
 
 
 def plan_picture(plan: Plan, path: Path, options: PlanOptions) -> None:
@@ -33,17 +38,17 @@ def plan_picture(plan: Plan, path: Path, options: PlanOptions) -> None:
     save(picture, path)
 
 
-def figure(columns: int) -> tuple[Any, Any]:
-    """Return a figure and its axes, side by side."""
+def figure(columns: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, from left to right."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("expected matplotlib for pictures, got none: pip install 'torch_qgc[bench]'") from error
     picture = Figure(figsize=(4.8 * columns, 3.4), layout="constrained")
-    return picture, picture.subplots(1, columns)
+    return picture, list(picture.subplots(1, columns))
 
 
-def save(picture: Any, path: Path) -> None:
+def save(picture: Figure, path: Path) -> None:
     """Write a figure to a file."""
     known = picture.canvas.get_supported_filetypes()
     if path.suffix.lstrip(".") not in known:
@@ -51,7 +56,7 @@ def save(picture: Any, path: Path) -> None:
     picture.savefig(path, dpi=110)
 
 
-def shares_picture(axes: Any, plan: Plan) -> None:
+def shares_picture(axes: Axes, plan: Plan) -> None:
     """Draw shares as bars, and bits above them."""
     workers = np.arange(plan.num_workers)
     axes.bar(workers, plan.shares, color="#4c78a8", label="share")
@@ -63,7 +68,7 @@ def shares_picture(axes: Any, plan: Plan) -> None:
     axes.yaxis.label.set_color("#4c78a8")
 
 
-def budget_picture(axes: Any, straggle_probs: Any, options: PlanOptions, num_partitions: int) -> None:
+def budget_picture(axes: Axes, straggle_probs: ArrayLike, options: PlanOptions, num_partitions: int) -> None:
     """Draw the residual of every allocator against the mean bits, as Song & Choi do in their Fig. 1."""
     styles = dict(zip(get_args(Method), ("-", ":", "--", "x", "+", ".")))
     for method, style in styles.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 
 from torch_qgc.cli import tables
@@ -33,7 +34,7 @@ def simulate(
 ) -> None:
     """Train under several schemes on a virtual clock, and compare what comes out."""
     with reporting():
-        # Here and not above: the other commands need no torch.
+        # These import torch, which the other commands can do without.
         from torch_qgc.cli.experiment import read_experiment
         from torch_qgc.simulator import run_experiment, save_traces
 
@@ -51,9 +52,9 @@ def simulate(
 
 
 def summary(trace: Trace) -> dict[str, float | None]:
-    """Return what a trace ends with, as means over runs; None where it is not known."""
-    last = slice(-max(1, trace.steps // 10), None)  # single steps are noisy
-    values: dict[str, Any] = {
+    """Return what a trace ends with, as means over runs; None for what was not measured."""
+    last = slice(-max(1, trace.steps // 10), None)  # a tenth, since single steps are noisy
+    values: dict[str, NDArray[Any]] = {
         "loss": trace.loss[:, last],
         "in time": trace.arrivals,
         "error": trace.residual[np.isfinite(trace.residual)],

@@ -11,7 +11,7 @@ torch are imported when they are first asked for. Format and reasons: docs/kerne
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .format import BLOCK, PASS_THROUGH, derive_key, payload_bytes
 
@@ -33,7 +33,9 @@ __all__ = [
 _WITH_TORCH = {"Encoded": "encoded", "decode_sum": "tensors", "encode": "tensors", "report": "tensors"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WITH_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _WITH_TORCH:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

@@ -1,4 +1,4 @@
-"""Who is in which round, and when it closes: the virtual clock. Nothing here knows what payloads hold."""
+"""The virtual clock: which workers are in which round, and when a round closes. Payloads play no part here."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from torch_qgc.protocol.contract import ClosingRule
 
 __all__ = ["Arrivals", "Contribution", "DelaySource", "IndependentRounds", "JobRounds", "RoundOutcome"]
 
-_STREAM = 0xDE1A  # keeps the delays' random numbers apart from the data's
+_STREAM = 0xDE1A  # makes the random numbers of the delays others than those of the data
+_ARRIVAL, _JOIN = "arrival", "join"  # events of workers; of two at the same time the first in the alphabet is first
 
 
 class Contribution(NamedTuple):
-    """A payload in a round: whose, made for which step, and how many of its slices came through."""
+    """A payload in a round: which worker sent it, for which step it was made, and how many of its slices arrived."""
 
     worker: int
     made_for: int
@@ -37,10 +38,10 @@ class RoundOutcome:
     """A closed round.
 
     Attributes:
-        began: workers that began to compute a gradient at this step's parameters, in time or not.
-        contributions: in decode order: by worker, then by the step they were made for.
-        rates: [K] expected contributions per round to decode with; None: the plan's 1 - p_k.
-        closed_at_s: seconds on the virtual clock.
+        began: workers that began to compute a gradient at this step's parameters, whether it was in time or not.
+        contributions: payloads of the round in decode order: by worker, then by the step they were made for.
+        rates: [K] expected contributions per round that decoding takes; None stands for the plan's 1 - p_k.
+        closed_at_s: when the round closed, in seconds on the virtual clock.
     """
 
     began: list[int]
@@ -50,21 +51,22 @@ class RoundOutcome:
 
 
 class Arrivals(Protocol):
-    """The virtual clock of one run; it pickles between two steps."""
+    """The virtual clock of one run. It can be pickled between two steps."""
 
     def close(self, step: int) -> RoundOutcome:
-        """Let time pass until the step closes; steps are asked for in order."""
+        """Let time pass until the step closes. Steps are asked for in order."""
 
 
 class DelaySource:
-    """Delays of all workers in a step: the same for every scheme that is compared, and drawn afresh for each step.
+    """The delays of all workers in a step. Every scheme that is compared gets the same ones.
 
     Args:
-        delays: a model, or recorded seconds [rounds, K] that are taken row by row, again and again; inf: never comes.
+        delays: a model from which each step draws, or recorded seconds [rounds, K], of which step t takes row
+            t mod rounds; inf means that the payload never arrives.
         workers: K.
-        seed: of the run.
+        seed: the seed of the run.
     Raises:
-        ConfigError: they are not for K workers.
+        ConfigError: the delays are not those of K workers.
     """
 
     def __init__(self, delays: DelayModel | ArrayLike, workers: int, seed: int) -> None:
@@ -96,16 +98,16 @@ class DelaySource:
 
 
 class IndependentRounds:
-    """Song & Choi's rounds: everybody begins every step, and is in it if its delay is at most the deadline.
+    """The rounds of Song & Choi: every worker begins every step, and is in it if its delay is at most the deadline.
 
-    A step takes until all are in, or the deadline. What is late is lost.
+    A step ends when all active workers are in, or at the deadline. Late payloads are lost.
 
     Args:
-        delays: of the run.
-        deadline_s: None waits for all.
-        active: [K] bool; the others (with no share of the data) are not waited for.
-        done: [M] at which multiple of its delay a worker is through with each slice of its payload, rising; [1.0] for
-            payloads in one piece.
+        delays: the delays of the run.
+        deadline_s: the deadline of a step; None waits for all active workers.
+        active: [K] bool, the workers that have a share of the data. The others are not waited for.
+        done: [M], rising: a worker has finished slice i of its payload after done[i] times its delay. Payloads in one
+            piece have [1.0].
     """
 
     def __init__(self, delays: DelaySource, deadline_s: float | None, active: Mask, done: Floats) -> None:
@@ -120,7 +122,7 @@ class IndependentRounds:
         duration = min(float(ready[self._active].max(initial=0.0)), limit_s)
         if not math.isfinite(duration):
             raise ConfigError(f"delays: step {step} waits for a payload that never comes: set a deadline")
-        # Who is not waited for may come until the deadline: some rules count arrivals, whatever they hold.
+        # Inactive workers count as arrived if they come before the deadline: some decode rules count arrivals.
         slices = np.sum(ready <= limit_s, axis=1)
         self._now += duration
         return RoundOutcome(
@@ -132,19 +134,20 @@ class IndependentRounds:
 
 
 class JobRounds:
-    """Rounds of a running job: who is late misses the steps it is late for, and rates are measured.
+    """The rounds of a running job: a late worker misses the steps that close meanwhile, and rates are measured.
 
-    The job's own rules (`torch_qgc.job.rounds.Rounds`, `ClosingRule`) under a virtual clock; what is simulated is when
-    workers come and when payloads arrive. A worker computes, sends, replays in no time what closed without it, and
-    joins the open step as in training. A delay is all the time between BEGIN and the payload's arrival.
-    Not simulated: deaths, restarts, chunks that arrive one by one.
+    `torch_qgc.job.rounds.Rounds` decides who is in and when a round closes, as it does in training. This class supplies
+    the events: when a worker begins a step, and when its payload arrives. A worker computes, sends, replays in no time
+    the steps that closed without it, and then joins the open step or waits for the next one, as `ClosingRule` says.
+    The delay of a worker is all the time between its BEGIN and the arrival of its payload.
+    Deaths, restarts, and chunks that arrive one by one are not simulated.
 
     Args:
-        delays: of the run; a worker that begins step t takes the t-th draw.
+        delays: the delays of the run; a worker that begins step t takes its delay of draw t.
         rule: when rounds close, and what becomes of late payloads.
-        active: [K] bool; the others are no part of the job.
-        plan: its shares and its prior rates 1 - p_k.
-        log_steps: a worker that is that far behind is waited for.
+        active: [K] bool, the workers that take part in the job.
+        plan: the plan, for its shares and for 1 - p_k as the prior of the measured rates.
+        log_steps: steps that the job's log holds; a worker that lacks nearly as many is waited for.
     """
 
     def __init__(self, delays: DelaySource, rule: ClosingRule, active: Mask, plan: Plan, *, log_steps: int) -> None:
@@ -152,33 +155,41 @@ class JobRounds:
         self._rounds: Rounds[None] = Rounds(rule, plan.shares, 1.0 - plan.straggle_probs, log_steps=log_steps)
         for worker in np.flatnonzero(~active).tolist():
             self._rounds.leave(worker, 0.0)
-        self._waiting = set(np.flatnonzero(active).tolist())  # not computing: sent already, or wait for the next step
-        self._own_times_s: dict[int, deque[float]] = {k: deque(maxlen=16) for k in self._waiting}
-        self._events: list[tuple[float, int, int, int]] = []  # (time, kind, worker, step)
+        self._idle = set(np.flatnonzero(active).tolist())  # workers that compute nothing until the next step opens
+        self._own_times_s: dict[int, deque[float]] = {k: deque(maxlen=16) for k in self._idle}  # as `Replica` keeps
+        self._events: list[tuple[float, str, int, int]] = []  # heap of (time, kind, worker, step)
         self._now = 0.0
-        self._began: list[int] = []  # in the open step
-        self._delays_s: Floats = np.empty(0)  # of the open step
+        self._began: list[int] = []  # workers that began the open step
+        self._delays_s: Floats = np.empty(0)  # their delays in it
 
     def close(self, step: int) -> RoundOutcome:
         """See `Arrivals`."""
         self._began, self._delays_s = [], self._delays.draw(step)
-        coming, self._waiting = sorted(self._waiting), set()
+        coming, self._idle = sorted(self._idle), set()
         for worker in coming:
             self._come(worker)
         while not (closed := self._rounds.close_due(self._now)):
-            if not self._events:
-                raise ConfigError(f"delays: step {step} waits for a payload that never comes: lower the quorum")
-            self._now, kind, worker, event_step = heapq.heappop(self._events)
-            if kind == _ARRIVAL:
-                self._arrive(worker, event_step)
-            elif kind == _JOIN and event_step == step and worker in self._waiting:
-                self._begin(worker)
+            self._go_on(step)
         (closing,) = closed
         contributions = [Contribution(worker, made_for, 1) for worker, made_for, _ in closing.payloads]
         return RoundOutcome(sorted(self._began), contributions, closing.rates, self._now)
 
+    def _go_on(self, step: int) -> None:
+        """Go to the next event or to the deadline, whichever is first; at the same time the event is first."""
+        deadline_s = self._rounds.next_deadline_s(self._now)
+        if not self._events and math.isinf(deadline_s):
+            raise ConfigError(f"delays: step {step} waits for a payload that never comes: lower the quorum")
+        if not self._events or deadline_s < self._events[0][0]:
+            self._now = deadline_s
+            return
+        self._now, kind, worker, event_step = heapq.heappop(self._events)
+        if kind == _ARRIVAL:
+            self._arrive(worker, event_step)
+        elif event_step == step and worker in self._idle:
+            self._begin(worker)
+
     def _come(self, worker: int) -> None:
-        """Let a worker that has nothing to do begin the open step, or wait for the next one."""
+        """Let a worker that has nothing to compute begin the open step, or wait for the next one."""
         step, times_s = self._rounds.newest, self._own_times_s[worker]
         began_at_s = self._rounds.began_at_s.get(step)
         patience_s = self._rule.wait_before_joining_s(
@@ -187,16 +198,15 @@ class JobRounds:
             statistics.median(times_s) if times_s else None,
         )
         if patience_s > 0.0:
-            self._waiting.add(worker)
+            self._idle.add(worker)
             heapq.heappush(self._events, (self._now + patience_s, _JOIN, worker, step))
         else:
             self._begin(worker)
 
     def _begin(self, worker: int) -> None:
         step = self._rounds.newest
-        if self._rounds.begin(worker, step, self._now) and self._rule.deadline_s is not None:
-            heapq.heappush(self._events, (self._now + self._rule.deadline_s, _DEADLINE, -1, step))
-        self._waiting.discard(worker)
+        self._rounds.begin(worker, step, self._now)
+        self._idle.discard(worker)
         self._began.append(worker)
         delay_s = float(self._delays_s[worker])
         self._own_times_s[worker].append(delay_s)
@@ -205,9 +215,6 @@ class JobRounds:
 
     def _arrive(self, worker: int, made_for: int) -> None:
         if self._rounds.arrive(worker, made_for, 0, None, self._now) is Fate.IN_TIME:
-            self._waiting.add(worker)
+            self._idle.add(worker)
         else:
             self._come(worker)
-
-
-_ARRIVAL, _JOIN, _DEADLINE = range(3)  # in this order when they happen at the same time

@@ -1,4 +1,4 @@
-"""A scheme at work on gradients: mix partitions, encode what a worker sends, decode a round."""
+"""What a scheme does with gradients: mix those of partitions, encode what a worker sends, decode a round."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from scipy import sparse
 from torch_qgc.errors import PlanError
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode, payload_bytes
 from torch_qgc.planner import Plan
-from torch_qgc.planner.checks import Floats, Mask
+from torch_qgc.planner.checks import Floats, Ints, Mask
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, FeedbackMemory, PartPlan, Scheme
 from torch_qgc.simulator.arrivals import Contribution
 
 __all__ = ["Payload", "SchemeCodec", "plans_of"]
 
-#: What a worker sends in a step: one encoding per slice.
+#: What a worker sends in a step: one encoded vector per slice.
 Payload: TypeAlias = list[Encoded]
 
 
@@ -36,52 +36,53 @@ class _Slice:
     """A slice of the gradient that one code encodes.
 
     Attributes:
-        code: a plan for whole payloads, or for parts of the slice.
-        start, stop: its coordinates in the gradient.
-        offset: where its payload begins in what a worker mixes.
-        by_column: [K, parts N] csc, what worker k's mean gradient is made of: w_kn / sum_n |w_kn|.
+        code: the plan of the slice, or a plan for each of its parts.
+        start, stop: the slice's coordinates in the gradient.
+        offset: where the slice's payload begins in the vector that a worker mixes.
+        by_column: [K, parts N] csc, the parts w_kn / sum_n |w_kn| of which worker k's mean gradient is made.
+        scaled: the second track is the first times one number per round, as in every plan that a job trains with.
     """
 
     code: Plan | PartPlan
     start: int
     stop: int
     offset: int
-    by_column: sparse.csc_array[Any]
+    by_column: sparse.csc_array[np.float64]
+    scaled: bool
 
     @property
     def plan(self) -> Plan:
-        """The plan of the slice; of parts, which agree on workers, partitions, norm and bits, the first."""
+        """The plan of the slice, or of its first part: parts have workers, partitions, norm and bits in common."""
         return self.code.plans[0] if isinstance(self.code, PartPlan) else self.code
 
     @property
     def parts(self) -> int:
-        """How many parts it is cut into."""
+        """How many parts the slice is cut into."""
         return len(self.code.plans) if isinstance(self.code, PartPlan) else 1
 
     @property
     def width(self) -> int:
-        """Coordinates of a payload: all of the slice, or those of a part, the last of which may be padded."""
+        """Coordinates of a payload: those of the slice, or of a part. The last part is padded to the same width."""
         return -(-(self.stop - self.start) // self.parts)
 
-    def coefficients(self, counts: NDArray[Any], rates: Floats | None, tracks: int) -> list[Floats]:
-        """Return [parts, K] coefficients for each track, of one that the code does not have those of the first."""
+    def coefficients(self, counts: Ints, rates: Floats | None) -> Floats:
+        """Return [parts, K] coefficients of the round."""
         if isinstance(self.code, PartPlan):
-            return [self.code.coefficients(counts)] * tracks
-        first = self.code.coefficients(counts, rates=rates)
-        second = self.code.second_coefficients(counts, rates=rates) if tracks == 2 else None
-        return [np.atleast_2d(c) for c in (first, first if second is None else second)[:tracks]]
+            return self.code.coefficients(counts)
+        return self.code.coefficients(counts, rates=rates)[None]
 
-    def second_scale(self, counts: NDArray[Any], rates: Floats | None) -> float | None:
-        """Return by what the first track is multiplied to give the second, as in training; None if it has its own."""
-        if isinstance(self.code, PartPlan):
-            return 1.0
-        try:
-            return self.code.second_scale(counts, rates=rates)
-        except PlanError:
-            return None
+    def second_coefficients(self, counts: Ints, rates: Floats | None) -> Floats:
+        """Return [1, K] coefficients of a second track that is not `scaled`."""
+        second = self.plan.second_coefficients(counts, rates=rates)
+        assert second is not None
+        return second[None]
+
+    def second_scale(self, counts: Ints, rates: Floats | None) -> float:
+        """Return the number by which the first track is multiplied to give the second, if it is `scaled`."""
+        return 1.0 if isinstance(self.code, PartPlan) else self.code.second_scale(counts, rates=rates)
 
     def column(self, index: int) -> tuple[list[int], list[float]]:
-        """Return the workers that hold a column, and its part in what they send."""
+        """Return the workers that hold a column, and the factor that it has in what each of them sends."""
         span = slice(self.by_column.indptr[index], self.by_column.indptr[index + 1])
         return self.by_column.indices[span].tolist(), self.by_column.data[span].tolist()
 
@@ -89,14 +90,15 @@ class _Slice:
 class SchemeCodec:
     """Encode and decode as a scheme says, with the kernels of training.
 
-    The dither's key is (seed, step, worker), as in `qgc_hook`: a plan's payloads are bit for bit those of a real job.
+    The dither's key is (seed, step, worker), as in `qgc_hook`. The payloads of a plan are therefore bit for bit those
+    of a real job.
 
-    Memory beside payloads: with error feedback 4 bytes per coordinate and worker; with parts one decoded part.
+    Memory beside the payloads: 4 bytes per coordinate and worker with error feedback, one decoded part with parts.
 
     Args:
         scheme: any of torch_qgc.schemes.
         numel: P, coordinates of the gradient.
-        seed: of the dither.
+        seed: the seed of the dither.
     """
 
     def __init__(self, scheme: Scheme, numel: int, seed: int) -> None:
@@ -111,16 +113,16 @@ class SchemeCodec:
 
     @property
     def active(self) -> Mask:
-        """[K] workers that send anything."""
+        """[K] bool, the workers that send anything."""
         return np.asarray((self.bits > 0) & np.any([s.code.shares > 0 for s in self.slices], axis=0))
 
     @property
     def remembers(self) -> bool:
-        """What a worker sends depends on what it sent before, in time or not (error feedback)."""
+        """A worker's payload depends on its earlier ones, also on those that were late (error feedback)."""
         return self._feedback is not None
 
     def payload_bits(self, worker: int) -> int:
-        """Return the bits on the wire of one payload of a worker."""
+        """Return the size in bits of one payload of a worker."""
         return 8 * sum(payload_bytes(s.width, int(self.bits[worker])) for s in self.slices)
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class SchemeCodec:
     # --- what a worker computes ---------------------------------------------------------------------------
 
     def last_partition(self) -> NDArray[np.int64]:
-        """[K] the last partition that each worker holds, -1 if none."""
+        """Return [K] the last partition that each worker holds, -1 for workers that hold none."""
         last = np.full(len(self.bits), -1)
         for s in self.slices:
             rows = s.by_column.tocoo()
@@ -142,13 +144,13 @@ class SchemeCodec:
         return last
 
     def mix(self, partition: int, gradient: torch.Tensor, target: Callable[[int], torch.Tensor | None]) -> None:
-        """Add a partition's mean gradient to what its holders send.
+        """Add a partition's mean gradient to the vectors of the workers that hold the partition.
 
             h_k += w_kn / sum_n |w_kn| gbar_n,   for each part of the gradient and each slice
 
         Args:
-            gradient: [P] fp32.
-            target: worker -> its h_k, fp32 [mixed_numel]; None: nobody needs it.
+            gradient: [P] fp32, the partition's mean gradient.
+            target: returns a worker's h_k, fp32 [mixed_numel], or None if it is not needed.
         """
         for s in self.slices:
             for part in range(s.parts):
@@ -164,15 +166,15 @@ class SchemeCodec:
         """Encode what a worker sends.
 
         Args:
-            mixed: [mixed_numel] its mean gradient h_k.
-            delivered: whether it will be in time; error feedback may want to know.
+            mixed: [mixed_numel] the worker's mean gradient h_k.
+            delivered: the payload will be in time. Acknowledged error feedback keeps what was not.
         """
         if self._feedback is None:
             return self._quantize(worker, step, mixed)
         if worker not in self._feedback:
             assert isinstance(self.scheme, ErrorFeedback)
             memory = self._feedback[worker] = FeedbackMemory(self.scheme, worker, (self.mixed_numel,))
-            memory.error = memory.error.astype(np.float32)  # the codec's precision, at half the memory
+            memory.error = memory.error.astype(np.float32)  # half the memory, and the codec works in fp32 anyway
         memory = self._feedback[worker]
         corrected = memory.corrected(mixed.cpu().numpy())
         payload = self._quantize(worker, step, torch.from_numpy(corrected).to(mixed.device))
@@ -204,48 +206,38 @@ class SchemeCodec:
     ) -> None:
         """Decode a round into one or two tracks, overwriting them.
 
-            ghat = sum over contributions i of c_k(i) Q(h_k(i)),   coefficients as `Plan` gives them for who is in
+            ghat = sum over contributions i of c_k(i) Q(h_k(i)),   with the coefficients of the scheme for this round
 
         Args:
-            contributions: in decode order.
-            payloads: (worker, step) -> what it sent; workers without a payload are in, but have nothing to say.
-            rates: [K] expected contributions per round; None: the plan's.
-            tracks: one or two of [P] fp32, contiguous.
+            contributions: the contributions to the round, in decode order.
+            payloads: (worker, step) -> what the worker sent. Workers that hold no data count as arrived without one.
+            rates: [K] expected contributions per round; None stands for the plan's.
+            tracks: one or two of [P] fp32, contiguous: the gradient, and what Adam squares.
         """
         for j, s in enumerate(self.slices):
             present = [c for c in contributions if c.slices > j]
             counts = np.bincount([c.worker for c in present], minlength=len(self.bits))
-            scale = s.second_scale(counts, rates) if len(tracks) == 2 else None
-            sets = s.coefficients(counts, rates, len(tracks) if scale is None else 1)
             sent = [(c.worker, payloads[c[:2]][j]) for c in present if c[:2] in payloads]
-            for part in range(s.parts):
-                start = s.start + part * s.width
-                self._decode_part(
-                    [payload for _, payload in sent],
-                    [[float(row[part, k]) * self._gain(k) for k, _ in sent] for row in sets],
-                    s.width,
-                    [track[start : min(start + s.width, s.stop)] for track, _ in zip(tracks, sets)],
-                )
-            if scale is not None:
-                torch.mul(tracks[0][s.start : s.stop], scale, out=tracks[1][s.start : s.stop])
+            first, *second = (track[s.start : s.stop] for track in tracks)
+            self._decode_slice(s, sent, s.coefficients(counts, rates), first)
+            for out in second:
+                if s.scaled:
+                    torch.mul(first, s.second_scale(counts, rates), out=out)
+                else:
+                    self._decode_slice(s, sent, s.second_coefficients(counts, rates), out)
 
-    def _decode_part(
-        self, payloads: list[Encoded], coefficients: list[list[float]], width: int, outs: list[torch.Tensor]
+    def _decode_slice(
+        self, s: _Slice, sent: list[tuple[int, Encoded]], coefficients: Floats, out: torch.Tensor
     ) -> None:
-        # The last part may be shorter than payloads are: those are padded with zeros.
-        targets = [out if len(out) == width else torch.empty(width, device=out.device) for out in outs]
-        two = len(targets) == 2
-        decode_sum(
-            payloads,
-            coefficients[0],
-            targets[0],
-            second_coefficients=coefficients[1] if two else None,
-            second_out=targets[1] if two else None,
-            accumulate=False,
-        )
-        for out, target in zip(outs, targets):
-            if target is not out:
-                out.copy_(target[: len(out)])
+        """Decode the payloads of a slice, as (worker, payload), with [parts, K] coefficients into `out`."""
+        payloads = [payload for _, payload in sent]
+        for row, part in zip(coefficients, torch.split(out, s.width)):
+            factors = [float(row[worker]) * self._gain(worker) for worker, _ in sent]
+            # The last part may be shorter than its payloads, which are padded with zeros.
+            whole = part if len(part) == s.width else torch.empty(s.width, device=out.device)
+            decode_sum(payloads, factors, whole, accumulate=False)
+            if whole is not part:
+                part.copy_(whole[: len(part)])
 
     def _gain(self, worker: int) -> float:
         return 1.0 if self._feedback is None else self._feedback[worker].gain
@@ -260,7 +252,17 @@ def _slices(scheme: Scheme, numel: int) -> list[_Slice]:
     for code, start, stop in zip(codes, cuts, cuts[1:]):
         mass = code.shares * code.weights.shape[1]  # sum_n |w_kn|
         scale = np.divide(1.0, mass, out=np.zeros_like(mass), where=mass > 0)
-        rows: Any = sparse.diags_array(scale) @ sparse.csr_array(code.weights)
-        slices.append(_Slice(code, start, stop, offset, sparse.csc_array(rows)))
+        parts: sparse.csr_array[np.float64] = sparse.csr_array(code.weights).multiply(scale[:, None])
+        scaled = isinstance(code, PartPlan) or _is_scaled(code)
+        slices.append(_Slice(code, start, stop, offset, sparse.csc_array(parts), scaled))
         offset += slices[-1].width
     return slices
+
+
+def _is_scaled(plan: Plan) -> bool:
+    """Tell whether the second track of a plan is the first times one number per round."""
+    try:
+        plan.second_scale(np.zeros(plan.num_workers))
+    except PlanError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""From a decoded gradient to new parameters, as the optimizers of training do it."""
+"""The update: from a decoded gradient to new parameters, with the optimizers of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch_qgc.worker.layout import Layout
 
 __all__ = ["Descent", "OptimizerLike", "make_optimizer"]
 
-#: A name, or parameters -> torch optimizer.
+#: A name, or a function from parameters to a torch optimizer.
 OptimizerLike: TypeAlias = Literal["sgd", "adam"] | Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -33,18 +33,19 @@ def make_optimizer(
         return torch.optim.Adam(parameters, lr=lr)
     raise ConfigError(
         f"optimizer: expected 'sgd', 'adam' without momentum, or a function of the parameters, got {optimizer!r} with "
-        f"momentum {momentum}: pass lambda parameters: torch.optim.AdamW(parameters, ...), say"
+        f"momentum {momentum}: for another optimizer pass lambda parameters: torch.optim.AdamW(parameters, ...)"
     )
 
 
 class Descent:
-    """Put a decoded gradient into .grad and step the optimizer; any Adam takes a second track into its denominator.
+    """Put a decoded gradient into .grad and step the optimizer. Adam and its subclasses square the second track.
 
     Args:
         layout: where parameters lie in the flat gradient.
-        optimizer: torch's.
-        lr: step -> learning rate; None: what the optimizer has.
-        max_grad_norm: clip to this norm, both tracks by the same factor; None: do not.
+        optimizer: a torch optimizer.
+        lr: step -> learning rate; None leaves that of the optimizer.
+        max_grad_norm: the gradient is clipped to this norm, and the second track by the same factor; None does not
+            clip.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Descent:
 
     @torch.no_grad()
     def __call__(self, step: int, tracks: Sequence[torch.Tensor]) -> None:
-        """Make the step.
+        """Make a step.
 
         Args:
+            step: its number, for the learning rate.
             tracks: one or two of [P] fp32: the decoded gradient, and what Adam squares.
         """
         for p, slot in zip(self._layout.parameters, self._layout.slots):

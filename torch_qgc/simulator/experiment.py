@@ -1,4 +1,4 @@
-"""What is to be simulated: everything that decides a trace, checked."""
+"""What is simulated: the settings that decide a trace, and the checks of them."""
 
 from __future__ import annotations
 
@@ -22,47 +22,53 @@ from torch_qgc.schemes import BlockPlan, ErrorFeedback, PartPlan, Scheme
 from torch_qgc.simulator.arrivals import DelaySource
 from torch_qgc.simulator.coding import plans_of
 from torch_qgc.simulator.descent import OptimizerLike
-from torch_qgc.simulator.gradients import Collate, Loss
+from torch_qgc.simulator.gradients import Collate, Loss, Samples
+from torch_qgc.simulator.task import Evaluate
 from torch_qgc.worker.layout import Layout
 
 __all__ = ["IDEAL", "Experiment", "SchemeLike"]
 
-#: In the place of a scheme: all are waited for, nothing is quantized, the data is shared equally.
+#: Stands for a scheme that waits for all workers, quantizes nothing and shares the data equally.
 IDEAL: Literal["ideal"] = "ideal"
 SchemeLike: TypeAlias = Scheme | Literal["ideal"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """A training run under several schemes: the same data, delays and dither for all of them.
+    """A training run under several schemes, all with the same data, delays and dither.
 
     The task:
-        model: is copied for every scheme and run, in whatever mode it is.
-        loss: (model, batch) -> mean loss over the batch; it moves the batch to the model's device if need be.
-        dataset: map-style; `collate` makes a batch of samples, None: torch's default.
-        partitions: N lists of sample indices for data that cannot move; None: a random permutation cut into N.
-        micro_batch: samples per forward pass at most; less: less memory.
+        model: a module. Every scheme and run trains a copy of it, in the mode that it is in.
+        loss: (model, batch) -> mean loss over the batch; it moves the batch to the model's device if that is needed.
+        dataset: a map-style data set.
+        collate: makes a batch of a list of samples; None takes torch's default.
+        partitions: N lists of sample indices, for data that cannot move; None cuts a random permutation into N.
+        micro_batch: the most samples per forward pass; fewer need less memory.
     The schemes:
-        schemes: name -> Plan, BlockPlan, ErrorFeedback or IDEAL, all of K workers.
-    The clock:
-        delays: a model, or seconds [rounds, K] taken row by row; the same for all schemes of a run.
-        deadline_s: rounds are independent: who takes at most this long is in (Song & Choi); None waits for all. Or
-        rule: rounds are those of a running job (`JobRounds`), closed by this rule; plans only.
+        schemes: name -> Plan, BlockPlan, PartPlan, ErrorFeedback or IDEAL, all of K workers.
+    The clock, of which `deadline_s` and `rule` exclude each other:
+        delays: a delay model, or seconds [rounds, K] that are taken row by row; all schemes of a run get the same.
+        deadline_s: rounds are independent, and a worker is in if its delay is at most this (Song & Choi); None waits
+            for all workers.
+        rule: rounds are those of a running job (`JobRounds`), closed by this rule. Only plans can run like this.
     Training:
-        steps: to make.
-        optimizer: "sgd", "adam" (with the second track, if the plan has one), or parameters -> torch optimizer.
-        lr: learning rate, or step -> learning rate; None: what the given optimizer has.
+        steps: how many steps are made.
+        optimizer: "sgd", "adam" (which takes the second track of a plan that has one), or a function from parameters to
+            a torch optimizer.
+        lr: learning rate, or step -> learning rate; None leaves that of the given optimizer.
         momentum: of "sgd".
-        max_grad_norm: clip the decoded gradient; None: do not.
-        batch_size: None: whole partitions, each computed once per step; else samples per worker and step, or
-        sampling: "worker": per worker, drawn from its share; "partition": per partition, the same for all who hold it,
-            which every code can do.
+        max_grad_norm: the decoded gradient is clipped to this norm; None does not clip.
+        batch_size: samples per worker and step, or per partition and step; None computes the gradients of whole
+            partitions, each once per step.
+        sampling: "worker" draws a batch from the share of each worker; "partition" draws one from each partition, the
+            same for all workers that hold it, which every code can do.
     Repetition:
-        runs, seed: run r has seed + r for data, delays and dither, and is what that seed alone would give.
+        runs, seed: run r takes seed + r for data, delays and dither, and equals a single run with that seed.
     Measurement:
-        evaluate: model -> name -> number; at the beginning, every `evaluate_every` steps (0: never) and at the end. It
-            gets the copy that is trained, without gradients.
-        exact_every: with batches per worker, steps between computations of the true gradient (a pass over the data).
+        evaluate: model -> name -> number, called without gradients on the copy that is trained: at the beginning,
+            every `evaluate_every` steps (0 leaves these out) and at the end.
+        exact_every: with batches per worker, the number of steps between two computations of the true gradient, each
+            of which takes a pass over the data; 0 never computes it.
 
     Raises:
         ConfigError: a value out of range, or schemes, delays or partitions that do not fit each other.
@@ -70,7 +76,7 @@ class Experiment:
 
     model: torch.nn.Module
     loss: Loss
-    dataset: Any
+    dataset: Samples
     schemes: Mapping[str, SchemeLike]
     delays: DelayModel | ArrayLike
     steps: int
@@ -87,7 +93,7 @@ class Experiment:
     micro_batch: int | None = None
     runs: int = 1
     seed: int = 0
-    evaluate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
+    evaluate: Evaluate | None = None
     evaluate_every: int = 0
     exact_every: int = 0
     workers: int = field(init=False)
@@ -138,7 +144,7 @@ class Experiment:
 
     @cached_property
     def ideal(self) -> Plan:
-        """The plan behind IDEAL: equal shares, sent as they are; partitions as the first plan's."""
+        """The plan behind IDEAL: equal shares and no quantization, with the partitions of the first plan."""
         plans = [plans_of(scheme)[0] for scheme in self.schemes.values() if not isinstance(scheme, str)]
         if plans:
             count, sizes = plans[0].num_partitions, plans[0].partition_sizes
@@ -155,23 +161,23 @@ class Experiment:
 
     @property
     def optimizer_lr(self) -> tuple[float, Callable[[int], float] | None]:
-        """The learning rate to begin with, and its schedule or None."""
+        """The learning rate of the first step, and the schedule or None."""
         if callable(self.lr):
             return float(self.lr(0)), self.lr
         return (0.0 if self.lr is None else float(self.lr)), None
 
     @property
     def evaluation_steps(self) -> list[int]:
-        """After how many steps evaluations are made."""
+        """The numbers of steps after which evaluations are made."""
         if self.evaluate is None:
             return []
         every = self.evaluate_every or self.steps
         return sorted({*range(0, self.steps, every), self.steps})
 
     def fingerprint(self, scheme: SchemeLike, seed: int) -> str:
-        """Return a hex digest of what can be read of all that decides one run: checkpoints go by it.
+        """Return a hex digest of the settings of one run, by which its checkpoint is found.
 
-        Functions (loss, evaluate, a schedule) count by their names only, the data by its length.
+        Functions (loss, evaluate, a schedule) enter by their names only, and the data by its length.
         """
         plans = ["ideal"] if isinstance(scheme, str) else [plan.to_json() for plan in plans_of(scheme)]
         extra: list[Any] = [scheme.contraction, scheme.acknowledged] if isinstance(scheme, ErrorFeedback) else []

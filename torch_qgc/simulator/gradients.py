@@ -1,9 +1,9 @@
-"""Mean gradients of any model over any samples, into flat buffers."""
+"""Mean gradients of a model over given samples, written into a flat buffer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.utils.data import TensorDataset, default_collate
@@ -11,32 +11,42 @@ from torch.utils.data import TensorDataset, default_collate
 from torch_qgc.kernels import derive_key
 from torch_qgc.worker.layout import Layout
 
-__all__ = ["Collate", "Gradients", "Loss"]
+__all__ = ["Collate", "Gradients", "Loss", "Samples"]
 
 #: (model, collated batch) -> scalar, the mean over the batch's samples.
 Loss: TypeAlias = Callable[[torch.nn.Module, Any], torch.Tensor]
 Collate: TypeAlias = Callable[[list[Any]], Any]
 
-_STREAM = 0x6AD  # keeps the model's own random numbers (dropout) apart from the codec's
+_STREAM = 0x6AD  # makes the model's own random numbers (dropout) others than the codec's
+
+
+class Samples(Protocol):
+    """A map-style data set: a list, or a torch Dataset with a length."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Return one sample."""
 
 
 class Gradients:
     """Compute gradients at the model's present parameters.
 
     Args:
-        model: in training mode; its buffers change with every pass, as they do on a worker.
+        model: the module, in training mode. Its buffers change with every pass, as they do on a worker.
         loss: see `Loss`.
-        dataset: map-style.
-        collate: from samples to a batch; None: torch's default, without a call per sample for a TensorDataset.
-        micro_batch: samples per forward pass at most, to bound memory.
-        seed: of the model's own random numbers: they depend on it, the step and who computes, on nothing else.
+        dataset: the samples.
+        collate: makes a batch of a list of samples; None takes torch's default.
+        micro_batch: the most samples per forward pass, which bounds memory.
+        seed: the seed of the model's own random numbers, which depend on it, on the step and on who computes alone.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         loss: Loss,
-        dataset: Any,
+        dataset: Samples,
         *,
         collate: Collate | None = None,
         micro_batch: int | None = None,
@@ -50,11 +60,12 @@ class Gradients:
         self._views = [self.scratch[slot.span].view(slot.shape) for slot in self.layout.slots]
 
     def mean(self, indices: Sequence[int], step: int, who: int) -> float:
-        """Put the mean gradient over samples into `scratch` [P] fp32; return their mean loss.
+        """Write the mean gradient over samples into `scratch` [P] fp32; return their mean loss.
 
         Args:
-            indices: of the data set, at least one.
-            step, who: worker or partition, for the model's random numbers.
+            indices: which samples, at least one.
+            step: the step, for the model's random numbers.
+            who: the worker or partition, for the same.
         """
         self.reseed(step, who)
         self.scratch.zero_()
@@ -70,7 +81,7 @@ class Gradients:
         return total
 
     def reseed(self, step: int, who: int) -> None:
-        """Make what the model draws next depend on the seed, the step and who computes alone."""
+        """Seed torch's generators, so that what the model draws depends on seed, step and who computes alone."""
         low, high = derive_key(self._seed, step, who, _STREAM)
         seed = low | (high & 0x7FFFFFFF) << 32
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond: it formats a traceback
@@ -79,7 +90,7 @@ class Gradients:
 
     def _batch(self, indices: Sequence[int]) -> Any:
         dataset = self._dataset
-        if self._collate is None and type(dataset) is TensorDataset:
+        if self._collate is None and type(dataset) is TensorDataset:  # at once instead of sample by sample
             chosen = torch.as_tensor(indices)
             return [tensor[chosen] for tensor in dataset.tensors]
         if hasattr(dataset, "__getitems__"):

@@ -1,4 +1,4 @@
-"""The entry: all runs of all schemes, over as many processes as are given, with checkpoints and a progress bar."""
+"""The entry point: run every scheme as often as asked, in one or several processes, with checkpoints."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.simulator.experiment import Experiment, SchemeLike
-from torch_qgc.simulator.gradients import Loss
+from torch_qgc.simulator.gradients import Loss, Samples
 from torch_qgc.simulator.trace import Trace
 from torch_qgc.simulator.trajectory import Trajectory
 
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
 __all__ = ["run_experiment", "simulate"]
 
-Advance = Callable[[int], Any]
-_Job = tuple[str, int]  # scheme, seed
+Advance: TypeAlias = Callable[[int], None]  # is told of steps that were made
+_Job: TypeAlias = tuple[str, int]  # name of the scheme, seed
 
 
 @overload
 def simulate(
-    model: torch.nn.Module, loss: Loss, dataset: Any, schemes: Mapping[str, SchemeLike], **options: Any
+    model: torch.nn.Module, loss: Loss, dataset: Samples, schemes: Mapping[str, SchemeLike], **options: Any
 ) -> dict[str, Trace]: ...
 
 
 @overload
-def simulate(model: torch.nn.Module, loss: Loss, dataset: Any, schemes: SchemeLike, **options: Any) -> Trace: ...
+def simulate(model: torch.nn.Module, loss: Loss, dataset: Samples, schemes: SchemeLike, **options: Any) -> Trace: ...
 
 
 def simulate(
     model: torch.nn.Module,
     loss: Loss,
-    dataset: Any,
+    dataset: Samples,
     schemes: SchemeLike | Mapping[str, SchemeLike],
     *,
     processes: int = 1,
@@ -46,20 +49,20 @@ def simulate(
     progress: bool = False,
     **experiment: Any,
 ) -> Trace | dict[str, Trace]:
-    """Train under one or several schemes on a virtual clock: no sockets, no sleeping, any number of workers.
+    """Train under one or several schemes in this process, on a virtual clock and with any number of workers.
 
         simulate(model, loss, dataset, {"ours": plan, "ideal": IDEAL}, delays=delays, deadline_s=2.0, steps=500, lr=0.1)
 
     Args:
-        model: torch module; is copied.
+        model: a module; copies of it are trained.
         loss: (model, batch) -> mean loss over the batch.
-        dataset: map-style.
-        schemes: a Plan, BlockPlan, ErrorFeedback or IDEAL, or a mapping of names to these.
+        dataset: a map-style data set.
+        schemes: a Plan, BlockPlan, PartPlan, ErrorFeedback or IDEAL, or a mapping of names to these.
         processes, checkpoint, checkpoint_every, progress: see `run_experiment`.
-        **experiment: delays, deadline_s, steps, lr, ... : the fields of `Experiment`.
+        **experiment: the other fields of `Experiment`: delays, deadline_s, steps, lr, ...
     Returns:
-        A trace, or one per name. The same seed gives the same bits, whatever the other schemes, runs and processes
-        (at the same number of torch threads, of which processes have one).
+        A trace, or one per name. A run depends bit for bit on its seed alone, and not on the other schemes, runs and
+        processes, as long as the number of torch threads is the same; processes have one thread each.
     Raises:
         ConfigError, PlanError: see `Experiment`.
     """
@@ -87,11 +90,12 @@ def run_experiment(
 
     Args:
         experiment: what is simulated.
-        processes: that runs are spread over; each has one thread. They are forked: on a machine with CUDA take 1.
-        checkpoint: a folder; what was interrupted goes on from there, what is finished is read. It holds pickles: use
-            folders of your own only.
+        processes: the number of processes that share the runs, with one thread each. They are forked, which a model on
+            CUDA does not allow.
+        checkpoint: a folder of checkpoints. Runs that were interrupted go on from theirs, and finished ones are read.
+            The files are pickles, which can run code: use folders of your own only.
         checkpoint_every: steps between two checkpoints of a run.
-        progress: show a bar; needs rich.
+        progress: show a progress bar, which needs rich.
     Returns:
         name -> trace of all runs.
     Raises:
@@ -115,7 +119,7 @@ def run_experiment(
 
 
 class _Runner:
-    """Run one scheme once, from its checkpoint if there is one."""
+    """Run one scheme once, beginning at its checkpoint if there is one."""
 
     def __init__(self, experiment: Experiment, folder: Path | None, checkpoint_every: int) -> None:
         self._experiment, self._folder, self._every = experiment, folder, checkpoint_every
@@ -138,7 +142,7 @@ class _Runner:
 
 
 def _save(state: dict[str, Any], file: Path) -> None:
-    """Replace the file at once, so that an interruption leaves the old or the new one."""
+    """Write a file so that an interruption leaves either the old or the new one."""
     partial = file.with_suffix(f".{os.getpid()}.partial")
     torch.save(state, partial)
     os.replace(partial, file)
@@ -149,25 +153,26 @@ def _here(runner: _Runner, jobs: list[_Job], advance: Advance) -> dict[_Job, Tra
 
 
 # ------------------------------------------------------------------------------------------- processes
-_child: dict[str, Any] = {}  # in a child: the runner, and the steps all children have made
+_child: list[tuple[_Runner, Synchronized[int]]] = []  # in a child: the runner, and the steps of all children together
 
 
-def _adopt(runner: _Runner, made: Any) -> None:
+def _adopt(runner: _Runner, made: Synchronized[int]) -> None:
     torch.set_num_threads(1)
-    _child.update(runner=runner, made=made)
+    _child.append((runner, made))
 
 
 def _in_child(job: _Job) -> Trace:
-    def advance(steps: int) -> None:
-        with _child["made"].get_lock():
-            _child["made"].value += steps
+    ((runner, made),) = _child
 
-    trace: Trace = _child["runner"](job, advance)
-    return trace
+    def advance(steps: int) -> None:
+        with made.get_lock():
+            made.value += steps
+
+    return runner(job, advance)
 
 
 def _in_processes(runner: _Runner, jobs: list[_Job], processes: int, advance: Advance) -> dict[_Job, Trace]:
-    """Fork: models, losses and data sets need not pickle; only names, seeds and traces travel."""
+    """Run the jobs in forked children, so that models, losses and data sets need not be pickled."""
     context = get_context("fork")
     made = context.Value("q", 0)
     shown = 0

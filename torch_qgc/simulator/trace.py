@@ -1,4 +1,4 @@
-"""What a simulation has recorded: arrays over runs and steps, their bands, and files of them."""
+"""What a simulation records: arrays over runs and steps, confidence bands of them, and files."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _PER_STEP = ("loss", "residual", "bits_sent", "virtual_time_s")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:
-    """One scheme's runs, step by step: R runs, T steps, K workers, E evaluations.
+    """The runs of one scheme: R runs of T steps with K workers, and E evaluations.
 
     Attributes:
-        seeds: [R] int64; a run is the same wherever its seed is simulated.
-        loss: [R, T] at the parameters before the step: of the data that was computed on (all of it with full batches).
-        contributions: [R, T, K] uint8, payloads of each worker that entered the step's round; 2 if one was folded in.
-        bits_sent: [R, T] int64, bits of all payloads computed for the step, in time or not, as on the wire.
+        seeds: [R] int64, the seed of each run.
+        loss: [R, T], the loss at the parameters before the step, over the data that the step's gradients were computed
+            on; with whole partitions that is all of the data.
+        contributions: [R, T, K] uint8, the payloads of each worker in the step's round; 2 if a late one was folded in.
+        bits_sent: [R, T] int64, the size of all payloads that were computed for the step, in time or not.
         virtual_time_s: [R, T], when the step closed.
         residual: [R, T], ||ghat - g||^2 / ||g||^2 against the true gradient g at the step's parameters; NaN where g
-            is not known.
-        evaluation_steps: [E] int64, after how many steps `evaluations` were made.
+            was not computed.
+        evaluation_steps: [E] int64, the numbers of steps after which `evaluations` were made.
         evaluations: name -> [R, E].
     """
 
@@ -72,28 +73,29 @@ class Trace:
 
     @property
     def arrivals(self) -> NDArray[np.bool_]:
-        """[R, T, K] whether anything of a worker entered the step's round."""
+        """[R, T, K] bool: a payload of the worker entered the step's round."""
         return np.asarray(self.contributions > 0)
 
     @property
     def total_bits(self) -> NDArray[np.int64]:
-        """[R, T] bits sent up to and with the step."""
+        """[R, T] int64, bits sent in all steps up to this one."""
         return np.asarray(np.cumsum(self.bits_sent, axis=1))
 
     def band(self, name: str, level: float = 0.95) -> tuple[Floats, Floats, Floats]:
-        """Return mean, lower and upper end of its confidence interval over runs: see `band`.
+        """Return the mean over runs and the ends of its confidence interval, as `band` does.
 
         Args:
             name: a field of shape [R, T], "total_bits", or the name of an evaluation.
+            level: the level of confidence, in (0, 1).
         """
         return band(self.evaluations[name] if name in self.evaluations else getattr(self, name), level)
 
     @classmethod
     def concatenate(cls, traces: Sequence[Trace]) -> Trace:
-        """Put the runs of several traces of the same experiment side by side.
+        """Put the runs of several traces of the same experiment into one trace.
 
         Raises:
-            ConfigError: none, other steps, workers or evaluations, or a seed that occurs twice.
+            ConfigError: no traces, traces that differ in steps, workers or evaluations, or a seed that occurs twice.
         """
         kinds = {(t.steps, t.workers, tuple(t.evaluation_steps), tuple(sorted(t.evaluations))) for t in traces}
         seeds = np.concatenate([t.seeds for t in traces]) if traces else np.zeros(0, dtype=np.int64)
@@ -109,7 +111,7 @@ class Trace:
         return cls(**stacked, evaluation_steps=traces[0].evaluation_steps, evaluations=evaluations)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return lists and numbers for JSON; NaN becomes None."""
+        """Return lists and numbers that JSON can hold; NaN and inf become None."""
         return {
             f.name: {name: _listed(values) for name, values in self.evaluations.items()}
             if f.name == "evaluations"
@@ -127,9 +129,9 @@ def band(values: NDArray[Any], level: float = 0.95) -> tuple[Floats, Floats, Flo
 
     Args:
         values: [R, T].
-        level: of confidence, in (0, 1).
+        level: the level of confidence, in (0, 1).
     Returns:
-        Mean, lower and upper end, [T] each; the ends are the mean itself for a single run.
+        Mean, lower and upper end, [T] each. For a single run all three are the run itself.
     """
     from scipy.stats import t
 
@@ -141,7 +143,7 @@ def band(values: NDArray[Any], level: float = 0.95) -> tuple[Floats, Floats, Flo
 
 
 def save_traces(traces: Mapping[str, Trace], path: str | Path) -> None:
-    """Write traces by scheme: .npz (what `load_traces` reads), .json, or .csv with a row per scheme, run and step.
+    """Write traces to a .npz file (which `load_traces` reads), .json, or .csv with a row per scheme, run and step.
 
     Raises:
         ConfigError: another suffix, or a name with a slash.
@@ -164,10 +166,10 @@ def save_traces(traces: Mapping[str, Trace], path: str | Path) -> None:
 
 
 def load_traces(path: str | Path) -> dict[str, Trace]:
-    """Return what `save_traces` wrote to a .npz file, in the same order.
+    """Return the traces that `save_traces` wrote to a .npz file, in the same order.
 
     Raises:
-        ConfigError: another file.
+        ConfigError: the file was not written by `save_traces`.
     """
     grouped: dict[str, dict[str, Any]] = {}
     with np.load(path, allow_pickle=False) as stored:

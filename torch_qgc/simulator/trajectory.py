@@ -1,4 +1,4 @@
-"""One run of one scheme: the loop over its steps."""
+"""One run of one scheme, step by step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from torch_qgc.ddp.sampler import checked_partitions
 from torch_qgc.ddp.settings import Limits
@@ -26,16 +27,16 @@ __all__ = ["Trajectory"]
 
 
 class Trajectory:
-    """Train a copy of the model as the job would, one `advance` per step.
+    """Train a copy of the model as a job with this scheme would. Each call of `advance` makes one step.
 
-    Memory, in bytes per coordinate: 4 for each of parameters, gradients, decoded tracks, the optimizer's state, and
-    what `Work` says; b_k / 8 for each worker that is in the round (decoding adds all of them in one pass), and with
-    late="fold" for each payload that is still under way.
+    Memory in bytes per coordinate: 4 for each of parameters, gradient, decoded tracks and the optimizer's state, and
+    what the implementations of `Work` say; b_k / 8 for the payload of each worker in the round, and with late="fold"
+    for each payload that has not arrived yet.
 
     Args:
         experiment: what is simulated.
         scheme: one of its schemes.
-        seed: of this run.
+        seed: the seed of this run.
     """
 
     def __init__(self, experiment: Experiment, scheme: SchemeLike, seed: int) -> None:
@@ -64,7 +65,7 @@ class Trajectory:
         self._payloads: dict[tuple[int, int], Payload] = {}
         self.step = 0
         steps, workers = experiment.steps, experiment.workers
-        self._records: dict[str, np.ndarray[Any, Any]] = {
+        self._records: dict[str, NDArray[Any]] = {
             "loss": np.full(steps, np.nan),
             "residual": np.full(steps, np.nan),
             "bits_sent": np.zeros(steps, dtype=np.int64),
@@ -79,7 +80,7 @@ class Trajectory:
         return self.step >= self._experiment.steps
 
     def advance(self) -> None:
-        """Make one step: close its round, compute what is needed for it, decode, update."""
+        """Make one step: close its round, compute the payloads that are needed, decode, update."""
         if self.step == 0:
             self._evaluate()
         outcome = self._arrivals.close(self.step)
@@ -110,7 +111,7 @@ class Trajectory:
         return rule is not None and rule.late == "fold"
 
     def _forget(self, outcome: RoundOutcome) -> None:
-        """Drop payloads that are decoded, or that no later round will take."""
+        """Drop payloads that were decoded, or that are too old for any later round."""
         for contribution in outcome.contributions:
             self._payloads.pop((contribution.worker, contribution.made_for), None)
         rule = self._experiment.rule
@@ -144,7 +145,7 @@ class Trajectory:
         self._evaluations[self.step] = {name: float(value) for name, value in values.items()}
 
     def trace(self) -> Trace:
-        """Return what was recorded, as a trace of one run."""
+        """Return what was recorded, as a trace of this run alone."""
         made = list(self._evaluations)
         names = list(self._evaluations[made[0]]) if made else []
         return Trace(
@@ -155,7 +156,7 @@ class Trajectory:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes from step to step."""
+        """Return everything that changes from step to step."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -203,10 +204,10 @@ def _arrivals(experiment: Experiment, codec: SchemeCodec, seed: int, *, ideal: b
 
 
 def _slice_ends(codec: SchemeCodec) -> Floats:
-    """Return at which multiples of its delay a worker is through with each slice; 1 for payloads in one piece.
+    """Return the multiples of its delay after which a worker has finished each slice; [1] for payloads in one piece.
 
-    A delay is the time for one partition's whole gradient; slice i costs load_i partitions' gradients of its x_i of
-    the coordinates (`block_coordinate`).
+    A delay is the time of one partition's whole gradient. Slice i has a fraction x_i of the coordinates and needs the
+    gradients of load_i partitions, so it takes x_i load_i of that time (`block_coordinate`).
     """
     if len(codec.slices) == 1:
         return np.ones(1)

@@ -1,4 +1,4 @@
-"""What workers compute in a step: mean gradients over whole partitions, or over batches of their own."""
+"""What workers compute in a step: mean gradients over partitions, or over batches that each worker draws."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torch_qgc.simulator.gradients import Gradients
 
 __all__ = ["Computed", "PartitionWork", "Send", "Work", "WorkerWork"]
 
-#: (worker, its mean gradient as it is to be encoded, fp32 [mixed_numel], valid during the call).
+#: Takes a worker and the mean gradient that it encodes, fp32 [mixed_numel], which is valid during the call only.
 Send = Callable[[int, torch.Tensor], None]
 Partitions = Sequence[NDArray[np.int64]]
 
-_STREAM = 0xBA7C  # keeps the draws of batches apart from those of delays
+_STREAM = 0xBA7C  # makes the draws of batches others than those of delays
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What is known of a step's gradient: the mean loss, and the gradient [P] itself or None."""
+    """The mean loss of a step, and its true gradient [P], or None if that was not computed."""
 
     loss: float
     gradient: torch.Tensor | None
@@ -39,22 +39,22 @@ class Work(Protocol):
     """The computing side of one run."""
 
     def compute(self, step: int, wanted: AbstractSet[int], send: Send) -> Computed:
-        """Compute the mean gradients of the wanted workers, and send each as soon as it is there."""
+        """Compute the mean gradients of the wanted workers, and call `send` with each as soon as it is complete."""
 
 
 class PartitionWork:
-    """Compute every partition's gradient once, and add it to what all that hold it send.
+    """Compute the gradient of every partition once per step, for all workers that hold the partition.
 
     Memory: 4 bytes per coordinate for the partition at hand, for the whole gradient, and for every worker of which some
     but not all partitions have been computed: two or three with segment codes, up to K with random ones.
 
     Args:
-        gradients: of the model.
-        codec: of the scheme.
-        blocks: N index lists.
-        fractions: [N] of the data.
-        batch_size: samples drawn from each partition in each step; None: all of them.
-        seed: of these draws.
+        gradients: computes gradients of the model.
+        codec: mixes them as the scheme says.
+        blocks: N lists of sample indices.
+        fractions: [N], the fraction of the data in each partition.
+        batch_size: samples drawn from each partition in each step; None takes all of them.
+        seed: the seed of these draws.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class PartitionWork:
         self._gradients, self._codec = gradients, codec
         self._blocks, self._fractions = blocks, fractions
         self._batch_size, self._seed = batch_size, seed
-        self._finished: list[list[int]] = [[] for _ in blocks]  # workers that a partition completes
+        self._finished: list[list[int]] = [[] for _ in blocks]  # workers whose last partition each one is
         for worker, last in enumerate(codec.last_partition()):
             if last >= 0:
                 self._finished[last].append(worker)
 
     def compute(self, step: int, wanted: AbstractSet[int], send: Send) -> Computed:
-        """See `Work`. Draws of partitions stand for all workers that hold them."""
+        """See `Work`. All workers that hold a partition get the same batch of it."""
         scratch = self._gradients.scratch
         whole = torch.zeros_like(scratch)
         mixed: dict[int, torch.Tensor] = {}
@@ -107,19 +107,20 @@ class PartitionWork:
 
 
 class WorkerWork:
-    """Let every worker draw batches from its share as `CodedSampler` does, and compute only what is wanted.
+    """Let every worker draw batches from its share with `CodedSampler`, and compute the wanted workers only.
 
-    Memory: 4 bytes per coordinate, once (twice in the steps in which the whole gradient is computed, too).
+    Memory: 4 bytes per coordinate, and as much again in steps in which the true gradient is computed as well.
 
     Args:
-        gradients: of the model.
-        plan: whose shares are drawn from.
-        blocks: N index lists.
+        gradients: computes gradients of the model.
+        plan: the plan from whose shares workers draw.
+        blocks: N lists of sample indices.
         batch_size: samples per worker and step.
-        seed: of the draws.
-        exact_every: steps between computations of the whole gradient, which takes a pass over the data; 0: never.
+        seed: the seed of the draws.
+        exact_every: steps between two computations of the true gradient, each of which takes a pass over the data;
+            0 never computes it.
     Raises:
-        PlanError: a code that sampling cannot do, since it subtracts gradients or cuts them.
+        PlanError: the code subtracts gradients, which drawing samples cannot do.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class WorkerWork:
         self._draws: dict[int, tuple[int, NDArray[np.int64]]] = {}  # worker -> epoch, samples
 
     def compute(self, step: int, wanted: AbstractSet[int], send: Send) -> Computed:
-        """See `Work`. The loss is the workers' own, weighted by their shares; or of all data where that is computed."""
+        """See `Work`. The loss is that of all data where it is computed, else the mean of the workers' by share."""
         exact = self._exact(step) if self._exact_every and step % self._exact_every == 0 else None
         total = weights = 0.0
         for worker in sorted(wanted):

@@ -1,31 +1,21 @@
-"""Small tasks for trying schemes: real text without a download, and least squares whose optimum is known."""
+"""Two small tasks to try schemes on: real text that needs no download, and least squares, whose optimum is known.
+
+A file for `qgc simulate` that is run in this folder names them as `task = "tasks:text"`; the table `[task_options]`
+holds the arguments.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import TensorDataset
 
-from torch_qgc.errors import ConfigError
-from torch_qgc.simulator.gradients import Collate, Loss
+from torch_qgc.simulator import Task
 
-__all__ = ["TASKS", "Task", "least_squares", "text"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is trained; the fields of the same names of `Experiment`."""
-
-    model: torch.nn.Module
-    loss: Loss
-    dataset: Any
-    evaluate: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
-    collate: Collate | None = None
+__all__ = ["least_squares", "text"]
 
 
 def least_squares(*, samples: int = 1000, features: int = 100, noise: float = 0.1, seed: int = 0) -> Task:
@@ -80,12 +70,12 @@ def text(
         A task whose evaluations are "validation_loss" (nats per character) and "accuracy".
     """
     if model not in ("logistic", "mlp"):
-        raise ConfigError(f"model: expected 'logistic' or 'mlp', got {model!r}")
+        raise ValueError(f"model: expected 'logistic' or 'mlp', got {model!r}")
     characters = _characters(symbols)
     generator = torch.Generator().manual_seed(seed)
     held_out = samples // 4
     if samples < 4 or len(characters) - context < samples + held_out:
-        raise ConfigError(f"samples: expected 4 to {(len(characters) - context) * 4 // 5}, got {samples}")
+        raise ValueError(f"samples: expected 4 to {(len(characters) - context) * 4 // 5}, got {samples}")
     chosen = torch.randperm(len(characters) - context, generator=generator)[: samples + held_out]
     windows = characters[chosen[:, None] + torch.arange(context + 1)]
     inputs, targets = windows[:, :-1], windows[:, -1]
@@ -141,7 +131,3 @@ class _Logistic(torch.nn.Module):
 
     def forward(self, characters: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding_bag(characters + self.offsets, self.scores, mode="sum")
-
-
-#: Tasks by name; each takes keywords and returns a `Task`.
-TASKS: dict[str, Callable[..., Task]] = {"text": text, "least_squares": least_squares}

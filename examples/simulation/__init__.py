@@ -1,0 +1,1 @@
+"""An experiment for `qgc simulate`: `text.toml`, and the tasks that it names."""
