@@ -1,9 +1,9 @@
-"""Forward passes that are not run: the outputs of an earlier one, in front of a backward pass that needs no module.
+"""Forward passes that are not run: the outputs of an earlier one, before a backward pass that needs no module.
 
-A thin step is there for its result alone, and its forward pass on a few samples may still cost a slow worker more than a
-step of the job. A ghost hands out what the module has returned for inputs of the same shapes, so that the loop body goes
-on with tensors of the right shapes, and gives every parameter a gradient of zeros, so that DDP fills its buckets, into
-which the hook puts the result.
+A thin step is there for its result alone, and its forward pass on a few samples may still cost a slow worker more than
+a step of the job. A ghost hands out what the module has returned for inputs of the same shapes, so that the loop body
+goes on with tensors of the right shapes, and gives every parameter a gradient of zeros, so that DDP fills its buckets,
+into which the hook puts the result.
 
 What a loop computes from such outputs (a loss that is printed, an accuracy) is of another batch. Side effects of the
 module's forward pass do not happen.
