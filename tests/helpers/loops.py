@@ -60,13 +60,13 @@ class Witness:
         self.digests: dict[int, str] = {}
         self._state = state
         steps: Any = state.replica
-        verify = steps._verify
+        verify = steps._state_if_due
 
         def noting() -> None:
             self.digests[state.step] = state.replica.layout.parameter_digest()
             verify()
 
-        steps._verify = noting
+        steps._state_if_due = noting
 
     def seen(self, **extra: Any) -> dict[str, Any]:
         """Return everything that must be equal on all ranks, and the report."""

@@ -29,7 +29,9 @@ from torch_qgc.protocol.contract import ClosingRule, JobSpec
 from torch_qgc.worker.advice import sequence_number_of
 from torch_qgc.worker.checkpoint import Checkpoint
 from torch_qgc.worker.connection import Connection
+from torch_qgc.worker.ghost import Ghost
 from torch_qgc.worker.layout import Layout
+from torch_qgc.worker.position import Phase
 from torch_qgc.worker.replica import Replica
 from torch_qgc.worker.report import Report
 from torch_qgc.worker.session import Session
@@ -66,6 +68,10 @@ class QGCState:
         verify_every: steps between comparisons of all replicas' parameters; 0 never compares.
         limits, network: bounds, and how the aggregators are reached.
         process_group: the workers; DDP's own if None.
+        ghost: in steps that have closed without this worker, hand out what the model has returned for an earlier such
+            batch instead of running it. A worker catches up several times faster (benchmarks/thin.py); what the loop
+            computes from the outputs, such as a loss that is printed, is then of another batch, and side effects of the
+            model's forward pass do not happen. For workers that are many times slower than the others.
         trace: is called with every `torch_qgc.job.events.Event` of this worker's steps.
     Attributes:
         rank, workers: this worker's number, and how many there are.
@@ -94,6 +100,7 @@ class QGCState:
         limits: Limits = Limits(),
         network: Network = Network(),
         process_group: dist.ProcessGroup | None = None,
+        ghost: bool = False,
         trace: Trace = silent,
     ) -> None:
         group = process_group if process_group is not None else getattr(model, "process_group", None)
@@ -159,6 +166,7 @@ class QGCState:
             sequence_number=lambda: sequence_number_of(group),
             trace=trace,
         )
+        self._ghost = Ghost(self._model.module, layout.parameters) if ghost else None
         self._thinner = Thinner(self.replica)
         self._loaders: list[CodedLoader] = []
         self._positions: list[dict[str, int]] = []  # from a checkpoint, of loaders that are still to be made
@@ -344,6 +352,15 @@ class QGCState:
         if not self.replica.in_step:
             check_step(self._model, self.replica.layout, self._others)
         self.replica.begin(synced=self._model.require_backward_grad_sync)
+        if self._ghost is not None:
+            self._ghost.end()  # of a forward pass that has raised
+            if self.replica.position.phase is Phase.THIN:
+                self._ghost.begin()
+
+    def forward_ended(self) -> None:
+        """Note the end of a forward pass. Called by DDP's forward pass."""
+        if self._ghost is not None:
+            self._ghost.end()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_state, ()  # a copy of the model takes no part in the job
@@ -397,6 +414,7 @@ class Forward:
         state = self._listening(module)
         if state is None:
             return
+        state.forward_ended()
         replica = weakref.ref(state.replica)
 
         def backward_begins(gradient: torch.Tensor) -> None:

@@ -77,9 +77,10 @@ class Advice:
             self._give(
                 "bind",
                 f"worker {self._worker} does not catch up: it has been more than {self._spec.rule.max_staleness} steps "
-                f"behind for {_AFTER_STEPS} steps, although it computes two samples only. If the update is all that "
-                "your loop does between backward and the next step, state.bind(optimizer, scheduler=...) lets it "
-                "replay such steps without running the loop body",
+                f"behind for {_AFTER_STEPS} steps, although it computes a few samples only. QGCState(ghost=True) "
+                "leaves the model's forward and backward pass out of such steps; and if the update is all that your "
+                "loop does between backward and the next step, state.bind(optimizer, scheduler=...) leaves out the "
+                "whole loop body",
             )
 
     def not_finite(self, step: int) -> None:
