@@ -75,39 +75,47 @@ class Job:
         """Enter a worker that lacks the results from `step` on.
 
         Raises:
-            ProtocolError: they are no longer there.
+            ProtocolError: they are no longer there, or there can be no results before it yet.
         """
-        oldest = self.log.oldest
+        oldest, newest = max(self.log.oldest, self.spec.first_step), self.rounds.oldest
         if step < oldest:
             raise ProtocolError(
                 f"worker {worker} needs the results from step {step} on, the log starts at {oldest}: "
                 "load a checkpoint the other workers also start from, or raise log_steps / log_bytes"
             )
+        if step > newest:
+            raise ProtocolError(
+                f"worker {worker} has results up to step {step - 1}, but step {newest} has not closed yet: is it a "
+                "worker of another job?"
+            )
         self.rounds.join(worker, step, now)
         logger.info("worker %d joined at step %d", worker, step)
         self._send(worker, messages.Welcome(oldest))
 
-    def lost(self, worker: int, now: float) -> None:
+    def lost(self, worker: int, now: float, why: str = "its process or its network is gone") -> None:
         """Note that a worker has vanished: an immediate erasure, or the end of the job if the rule says so."""
+        self._take_out(worker, now, why)
+        self.close_due(now)
+
+    def _take_out(self, worker: int, now: float, why: str) -> None:
         self.stats["lost_workers"] += 1
         self.rounds.leave(worker, now, "lost")
         if self.failed is not None:
             return
-        logger.info("worker %d was lost in step %d", worker, self.rounds.oldest)
+        logger.info("worker %d was lost in step %d: %s", worker, self.rounds.oldest, why)
         if self.spec.rule.on_loss == "fail":
             self.fail(
-                f"worker {worker} was lost in step {self.rounds.oldest}: its process or its network is gone "
-                "(on_loss='fail'; 'continue' lets the others go on)",
+                f"worker {worker} was lost in step {self.rounds.oldest}: {why} (on_loss='fail'; 'continue' lets the "
+                "others go on)",
                 now,
             )
-            return
-        self._send(EVERYBODY, messages.Gone(worker, "lost"))
-        self.close_due(now)
+        else:
+            self._send(EVERYBODY, messages.Gone(worker, "lost"))
 
     def fail(self, text: str, now: float) -> None:
         """End the job on every rank."""
         if self.failed is None:
-            self.failed = text[:8000]
+            self.failed = messages.as_text(text)
             self._trace(Event(now, "fail", None, None, None, {"text": self.failed}))
             logger.info("the job has failed: %s", self.failed)
         self._send(EVERYBODY, messages.Failed(self.failed))
@@ -139,8 +147,6 @@ class Job:
                 self._send(EVERYBODY, messages.Gone(worker, "left"))
                 self.close_due(now)
                 return False
-            case messages.Hello():
-                raise ProtocolError(f"worker {worker}: a second Hello on one connection")
         return True
 
     def _push(self, worker: int, push: messages.Push, rest: Sequence[Frame], now: float) -> None:
@@ -175,7 +181,11 @@ class Job:
     # --- closing ----------------------------------------------------------------------------------------
 
     def close_due(self, now: float, chunks: Iterable[int] | None = None) -> None:
-        """Decode, log and send the rounds that are due."""
+        """Decode, log and send the rounds that are due; give up those who have not joined in time."""
+        for worker in self.rounds.overdue(now):
+            self._take_out(worker, now, f"it did not join within {self.spec.join_timeout_s:g} s")
+        if self.failed is not None:
+            return
         for closing in self.rounds.close_due(now, chunks):
             self._publish(closing)
 
@@ -200,6 +210,11 @@ class Job:
     # --- agreement --------------------------------------------------------------------------------------
 
     def _compare(self, worker: int, step: int, digest: str, now: float) -> None:
+        if step > self.rounds.oldest:
+            raise ProtocolError(
+                f"worker {worker} states its parameters before step {step}, but step {self.rounds.oldest} has not "
+                "closed yet"
+            )
         digests = self._hashes.setdefault(step, {})
         digests[worker] = digest
         if not set(np.flatnonzero(self.rounds.roster.alive).tolist()) <= set(digests):

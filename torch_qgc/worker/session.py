@@ -14,6 +14,8 @@ from torch_qgc.worker.inbox import Inbox
 
 __all__ = ["Outgoing", "Session"]
 
+REFUSED_S = 5.0  # for that long a worker that was in before is patient when it is refused
+
 Frame = Any
 #: An aggregator, and a call that gives the message for it: payloads may have to wait for a device.
 Outgoing = tuple[int, Callable[[], list[Frame]]]
@@ -54,6 +56,8 @@ class Session:
         self.rejections: list[str] = []
         self.bytes_sent = self.bytes_received = 0
         self.outbox: list[Outgoing] = []
+        self._said: list[Outgoing] = []  # in the step at hand; said again where a connection was lost
+        self._refused_at_s: dict[int, float] = {}
         self._plan_json, self._silence_s, self._trace = plan_json, silence_s, trace
         self._silent_s = [0.0] * len(self.endpoints)
         self._last_tick_s: float | None = None
@@ -64,9 +68,15 @@ class Session:
 
     def say(self, message: messages.FromWorker, aggregator: int | None = None) -> None:
         """Queue a message for one aggregator, or for all."""
-        header = messages.encode_message(message)
-        for each in range(len(self.endpoints)) if aggregator is None else (aggregator,):
-            self.outbox.append((each, lambda: [header]))
+        self.outbox += self._addressed(message, aggregator)
+
+    def begin(self, step: int) -> None:
+        """Queue the announcement of a step."""
+        self._keep(self._addressed(messages.Begin(step)), forget=True)
+
+    def fault(self, step: int, text: str) -> None:
+        """Queue the report of an error; from now on nothing else is to be said."""
+        self._keep(self._addressed(messages.Fault(step, messages.as_text(text))), forget=True)
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Frame, float, float]]) -> None:
         """Queue a chunk; `payload` returns (buffer, rounding variance, squared norm) when it is sent."""
@@ -75,7 +85,7 @@ class Session:
             buffer, variance, squared_norm = payload()
             return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm)), buffer]
 
-        self.outbox.append((chunk % len(self.endpoints), frames))
+        self._keep([(chunk % len(self.endpoints), frames)])
 
     def refetch(self) -> None:
         """Ask again for the results that the step at hand lacks."""
@@ -86,6 +96,15 @@ class Session:
         """Return what is to be sent, in order, and forget it."""
         outbox, self.outbox = self.outbox, []
         return outbox
+
+    def _addressed(self, message: messages.FromWorker, aggregator: int | None = None) -> list[Outgoing]:
+        header = messages.encode_message(message)
+        return [(a, lambda: [header]) for a in (range(len(self.endpoints)) if aggregator is None else (aggregator,))]
+
+    def _keep(self, outgoing: list[Outgoing], *, forget: bool = False) -> None:
+        """Queue what may have to be said again."""
+        self._said = ([] if forget else self._said) + outgoing
+        self.outbox += outgoing
 
     def _hello(self, aggregator: int) -> None:
         hello = messages.Hello(
@@ -112,11 +131,17 @@ class Session:
                 self.inbox.start(step, now - elapsed_s)
             case messages.Welcome():
                 self.welcomed.add(aggregator)
+                # After a reconnection: what was on its way on the old connection may be lost.
+                self.outbox += [(each, frames) for each, frames in self._said if each == aggregator]
+                self._refused_at_s.pop(aggregator, None)
                 self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
             case messages.Introduce():
                 self._hello(aggregator)
             case messages.Refusal(text):
-                self.end(Refused(text))
+                # A connection may come back before the aggregator has noticed that it was lost.
+                patient = aggregator in self.welcomed
+                if not patient or now - self._refused_at_s.setdefault(aggregator, now) > REFUSED_S:
+                    self.end(Refused(text))
             case messages.Failed(text):
                 self.failed_at.add(aggregator)
                 self.end(JobFailed(text))
