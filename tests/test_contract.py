@@ -110,7 +110,6 @@ def test_whatever_is_accepted_can_be_run_and_whatever_is_refused_names_what_was_
         decoded = run_one_round(plan, spec)
         assert all(torch.equal(d, decoded[0]) for d in decoded)
         assert decoded[0].isfinite().all()
-        assert decoded[0].mean() == pytest.approx(1.0, abs=0.75)  # two bits up and down at the worst
 
     check()
     assert min(seen.values()) > 60, seen
