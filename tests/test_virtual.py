@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracle import Oracle
+from helpers.replayed import Replay
 from helpers.simulated import make_spec, peer_of
 from helpers.virtual import World, session_for
 from hypothesis import given, settings
@@ -209,6 +210,10 @@ def test_every_worker_applies_the_same_bytes_which_are_the_sums_of_what_was_sent
         seen["dropped"] += match.world.aggregator.stats["dropped"]
         seen["died"] += match.world.aggregator.stats["lost_workers"]
         assert_rates_exist_once(match, gone=[] if dies is None else [dies])
+        replay = Replay(PLAN, match.spec.rule, chunks=range(match.spec.chunks), log_steps=match.spec.log_steps)
+        assert len(replay(match.oracle.events)) == steps * match.spec.chunks
+        times_s = [event.time_s for event in match.oracle.events]
+        assert times_s == sorted(times_s)
 
     play()
     assert all(seen[name] > 3 for name in ("lost", "replayed", "folded", "dropped", "died")), seen

@@ -178,5 +178,8 @@ class Aggregator:
         return dict(self.stats)
 
     def __repr__(self) -> str:
-        which = f"Aggregator({self.index} of {self.count}"
-        return f"{which}, {self._lobby!r}, {self.job!r})" if self.job is not None else f"{which}, {self._lobby!r})"
+        if self.job is None:
+            phase = "waits for worker 0"
+        else:
+            phase = "failed" if self.failed is not None else "finished" if self.finished else "serves"
+        return f"Aggregator({self.index} of {self.count}, {phase}, {self._lobby!r}, {self.job!r})"

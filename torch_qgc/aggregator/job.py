@@ -238,5 +238,5 @@ class Job:
 
     def __repr__(self) -> str:
         late = self.stats["late"]
-        end = f", failed: {self.failed}" if self.failed is not None else ""
+        end = f", failed: {self.failed!r:.300}" if self.failed is not None else ""
         return f"Job({self.rounds!r}, {self.stats['rounds']} rounds closed, {late} payloads late{end})"

@@ -190,5 +190,9 @@ class Session:
             )
 
     def __repr__(self) -> str:
-        state = f"ended: {self.error}" if self.error is not None else f"{len(self.welcomed)} of them have let it in"
-        return f"Session(worker {self.worker}, {len(self.endpoints)} aggregators, {state}, {self.inbox!r})"
+        if self.error is not None:
+            phase = f"ended: {str(self.error)!r:.300}"
+        else:
+            phase = "in the job" if len(self.welcomed) == len(self.endpoints) else "joining"
+        let_in = f"let in by {len(self.welcomed)} of {len(self.endpoints)} aggregators"
+        return f"Session(worker {self.worker}, {phase}, {let_in}, {self.inbox!r})"
