@@ -13,12 +13,13 @@ import pytest
 import torch
 from helpers.oracle import Oracle
 from helpers.replayed import Replay
-from helpers.simulated import make_spec, peer_of
+from helpers.simulated import make_spec, peer_of, push_all, take
 from helpers.virtual import World, session_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.errors import JobFailed, Refused
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import make_plan
@@ -394,3 +395,120 @@ def test_a_step_can_be_awaited_without_taking_part_and_its_clock_is_known() -> N
     assert waited[0] is False
     assert waited[1] == pytest.approx(0.5 - 0.2)  # told 0.1 s after it began, which was 0.1 s after it was said
     assert waited[2] is True
+
+
+# --- the edges of a job -----------------------------------------------------------------------------------
+
+
+def test_replicas_compare_their_parameters_and_the_odd_one_out_ends_the_job_by_name() -> None:
+    match = Match(job_spec(deadline_s=None))
+    told = []
+
+    def work(member: Member) -> None:
+        for digest in ("same", "same", "odd one" if member.worker == 1 else "same"):
+            member.connection.send_hash(member.step, digest)
+            match.compute(member, 0.1)
+
+    def run(member: Member) -> None:
+        with pytest.raises(
+            JobFailed, match=r"replicas differ before step 2 \(workers \[0, 2\]: same; workers \[1\]: odd"
+        ):
+            work(member)
+        told.append(member.worker)
+
+    for member in match.members:
+        match.script(member, run)
+    match.world.run()
+    assert sorted(told) == [0, 1, 2]
+
+
+def test_a_hash_of_parameters_that_nobody_can_have_is_rejected() -> None:
+    match = Match(job_spec(deadline_s=None))
+
+    def work(member: Member) -> None:
+        member.connection.send_hash(1, "early")
+        match.compute(member, 0.1)
+
+    for member in match.members:
+        match.script(member, work)
+    match.run()
+    match.check()
+    assert all("has not closed yet" in m.connection.session.rejections[0] for m in match.members)
+
+
+def test_a_worker_that_comes_back_after_its_results_are_forgotten_is_refused_with_the_remedy() -> None:
+    match = Match(job_spec(deadline_s=1.0, log_steps=4))
+
+    def vanish(member: Member) -> None:
+        match.world.net.disconnect(peer_of(2))
+        match.world.sleep(20.0)
+        again = match.world.connect(b"again", session_for(match.spec, PLAN, 2))
+        with pytest.raises(
+            Refused, match=r"needs the results from step 0 on, the log starts at \d+: load a checkpoint"
+        ):
+            again.join(math.inf)
+
+    def work(member: Member) -> None:
+        while match.world.now() < 30.0:
+            match.compute(member, 1.0)
+        member.connection.close()
+
+    for member in match.members:
+        match.script(member, vanish if member.worker == 2 else work)
+    match.run()
+
+
+def test_who_gets_no_answer_is_told_what_to_look_at() -> None:
+    world = World()
+    connection = world.connect(peer_of(1), session_for(job_spec(), PLAN, 1))
+
+    def work() -> None:
+        with pytest.raises(
+            JobFailed, match=r"no answer from the aggregator at virtual within 7 s.*has worker 0 joined"
+        ):
+            connection.join(7.0)
+
+    world.start(work)
+    world.run()
+    assert world.now() == pytest.approx(7.0, abs=0.5)
+
+
+def test_an_aggregator_that_says_nothing_is_given_up_but_a_suspended_worker_blames_nobody() -> None:
+    session = session_for(job_spec(), PLAN, 1, silence_s=30.0)
+    for time_s in (0.0, 1000.0, 2000.0):  # three seconds in which somebody could have listened
+        session.tick(time_s)
+    assert session.error is None
+    session.receive(0, [messages.encode_message(messages.Ping())], 2000.0)
+    for seconds in range(30):
+        session.tick(2000.5 + seconds)
+    assert session.error is None
+    for seconds in range(30, 33):
+        session.tick(2000.5 + seconds)
+    assert isinstance(session.error, JobFailed)
+    assert "nothing heard from the aggregator at virtual" in str(session.error)
+
+
+def test_a_job_begins_where_its_checkpoint_was_taken() -> None:
+    """From step 1,000 on, with a log of 8: who has not joined yet is not taken for somebody a thousand steps behind."""
+    spec = job_spec(first_step=1000, deadline_s=1.0, log_steps=8)
+    aggregator = Aggregator()
+    world = World(aggregator)
+    counts: list[list[int]] = []
+
+    def work(worker: int) -> None:
+        connection = world.connect(peer_of(worker), session_for(spec, PLAN, worker, first_step=1000))
+        connection.join(math.inf)
+        for step in range(1000, 1003):
+            connection.begin(step)
+            push_all(connection, PLAN, step, torch.ones(NUMEL))
+            take(connection, lambda result: counts.append(result.counts.tolist()))
+
+    for worker in range(2):  # and worker 2 does not come
+        world.start(lambda worker=worker: work(worker))
+    world.run(stop=lambda: world.now() > 100.0)
+    assert counts == [[1, 1, 0]] * (2 * 3 * 2)
+    early = session_for(spec, PLAN, 2, first_step=999)
+    for _, frames in early.drain():
+        aggregator.receive(b"early", frames(), world.now())
+    ((_, answer),) = [(peer, frames) for peer, frames in aggregator.drain() if peer == b"early"]
+    assert isinstance(messages.decode_from_aggregator(answer[0]), messages.Refusal)
