@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -176,34 +175,29 @@ def test_non_finite_gradients_travel_as_such() -> None:
 # --- memory ---------------------------------------------------------------------------------------------
 
 
-def test_the_log_stays_within_its_bound_and_memory_is_flat() -> None:
-    """1000 steps of a megabyte each, with a late worker: the log holds its bound, the process does not grow."""
-    psutil = pytest.importorskip("psutil")
+def test_the_log_stays_within_its_bound_and_nothing_else_grows() -> None:
+    """300 steps of a quarter megabyte each, with a late worker: what the aggregator holds is what the log may hold."""
     plan = simple_plan(2, bits_per_coordinate=2)
     numel = 512 * 128
     spec = make_spec(plan, numel=numel, chunk_numel=512 * 64, log_bytes=16 * 4 * numel, late="fold")
     job = Job(plan, spec, gradients(2, numel), lambda k, step: 3.0 if k == 1 and step % 7 == 0 else 0.5)
-    job.decoded = _Forgetful()  # type: ignore[assignment]
-    resident, logged = [], []
-    process = psutil.Process(os.getpid())
+    logged = []
 
     def sample() -> None:
-        resident.append(process.memory_info().rss)
-        logged.append(job.aggregator.job.log.bytes)
-        assert len(job.aggregator.job.rounds.began_at_s) <= 2
+        part = job.aggregator.job
+        assert part is not None
+        logged.append(part.log.bytes)
+        assert len(part.rounds.began_at_s) <= 1
+        assert sum(len(r.payloads) for r in part.rounds._open.values()) <= 2 * 2 * (1 + spec.rule.max_staleness)
+        assert not part.outbox
 
-    for at in range(100, 900, 100):
+    for at in range(20, 150, 10):
         job.net.at(float(at), sample)
-    job.run(1000)
+    job.run(300)
     assert max(logged) <= spec.log_bytes + 16 * 2 * 1024  # headers
+    assert len(logged) == 13
+    assert job.aggregator.job is not None
     assert job.aggregator.job.log.capacity == 16
-    # One log is 4 MiB; 1000 steps made 250 MiB of results and 130 MiB of payloads.
-    assert max(resident[2:]) - min(resident[2:]) < 24 << 20
-
-
-class _Forgetful(list[torch.Tensor]):
-    def append(self, item: torch.Tensor) -> None:
-        pass
 
 
 def test_a_worker_about_to_fall_off_the_log_is_waited_for() -> None:
@@ -372,10 +366,12 @@ def test_garbage_never_crashes_the_aggregator(data: bytes, rest: list[bytes], me
 def test_replicas_that_differ_end_the_job_by_name(talk: Talk) -> None:
     talk.join(2)
     for worker, digest in enumerate(["aa", "aa", "bb"]):
-        talk.aggregator.receive(peer_of(worker), [messages.encode_message(messages.Hash(50, digest))], now=0.0)
+        talk.aggregator.receive(
+            peer_of(worker), [messages.encode_message(messages.Hash(0, {"parameters": digest}))], now=0.0
+        )
     failures = [messages.decode_from_aggregator(frames[0]) for _, frames in talk.aggregator.drain()]
     assert len(failures) == 3
-    assert all(isinstance(f, messages.Failed) and "[2]" in f.text and "step 50" in f.text for f in failures)
+    assert all(isinstance(f, messages.Failed) and "[2]" in f.text and "step 0" in f.text for f in failures)
 
 
 def test_a_fault_on_one_worker_reaches_all(talk: Talk) -> None:

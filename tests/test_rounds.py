@@ -117,12 +117,25 @@ def test_payloads_of_the_future_twice_or_of_others_chunks_are_refused() -> None:
 
 @given(gone=st.sets(st.integers(0, K - 1), max_size=K - 1))
 def test_the_shares_of_the_dead_are_spread_over_the_living(gone: set[int]) -> None:
-    rounds = rounds_at(frozenset(range(K)), frozenset(range(K)) - gone, deadline_s=None)
+    rounds = rounds_at(frozenset(range(K)) - gone, frozenset(range(K)) - gone, deadline_s=None)
     (closing,) = rounds.close_due(1.0)
     shares = np.full(K, 1.0 / K)
     weights = shares / closing.rates
     assert weights[closing.alive].sum() == pytest.approx(1.0)
     assert set(np.flatnonzero(~closing.alive)) == gone
+
+
+@given(sent=st.sets(st.integers(0, K - 1), min_size=1), gone=st.sets(st.integers(0, K - 1)))
+def test_the_weights_of_a_round_sum_to_one_when_workers_die_after_they_have_sent(
+    sent: set[int], gone: set[int]
+) -> None:
+    """What a worker had sent stays in the round, so its share must not be spread over the others as well."""
+    rounds = rounds_at(frozenset(sent), frozenset(range(K)) - gone, deadline_s=1.0, warmup_steps=0)
+    (closing,) = rounds.close_due(1.0)
+    assert closing.counts.tolist() == [int(k in sent) for k in range(K)]
+    assert set(np.flatnonzero(closing.alive)) == set(range(K)) - (gone - sent)
+    expected = np.full(K, 1.0 / K) / closing.rates * 0.9  # times r_k: the mean over arrivals
+    assert expected[closing.alive].sum() == pytest.approx(1.0)
 
 
 DROP = ClosingRule(deadline_s=1.0, late="drop", warmup_steps=3)

@@ -17,9 +17,11 @@ MESSAGES = [
     messages.Begin(3),
     messages.Push(3, 1, 4, 0.5, float("inf")),
     messages.Fetch(2**40, 0),
-    messages.Hash(50, "ab"),
+    messages.Hash(50, {"parameters": "ab", "lr": "0.1"}),
+    messages.Begin(3, thin=True),
+    messages.Mark(2, 50, 1),
     messages.Fault(1, "why"),
-    messages.Bye(),
+    messages.Bye(50),
 ]
 ANSWERS = [
     messages.Welcome(0),
@@ -28,6 +30,9 @@ ANSWERS = [
     messages.Started(1, 0.5),
     messages.Result(1, 2, 32, 0.5, b"\0\1"),
     messages.Gone(3, "lost"),
+    messages.Verify(4),
+    messages.Agreed(4),
+    messages.Marked(1, 50),
     messages.Rejected("no"),
     messages.Failed("why"),
     messages.Ping(),

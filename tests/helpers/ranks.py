@@ -50,15 +50,15 @@ def run_ranks(
 
 
 @contextlib.contextmanager
-def aggregators(count: int = 1) -> Iterator[tuple[str, ...]]:
-    """Serve `count` jobs, one after the other or at once; yield the endpoint of each job's aggregator.
+def aggregators(count: int = 1, *, of: int = 1) -> Iterator[tuple[str, ...]]:
+    """Serve jobs, one after the other or at once, with `of` aggregators each; yield the endpoints of all `count`.
 
     Forked from this process, which costs nothing; QGCState starts a new interpreter for its own.
     """
     processes, endpoints = [], []
-    for _ in range(count):
+    for index in range(count):
         receiver, sender = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_aggregator_main, args=(sender,), daemon=True)
+        process = CONTEXT.Process(target=_aggregator_main, args=(sender, index % of, of), daemon=True)
         process.start()
         processes.append(process)
         endpoints.append(receiver.recv())
@@ -70,12 +70,11 @@ def aggregators(count: int = 1) -> Iterator[tuple[str, ...]]:
             process.join()
 
 
-def _aggregator_main(sender: Connection) -> None:
+def _aggregator_main(sender: Connection, index: int, of: int) -> None:
     torch.set_num_threads(1)
     transport = ZmqServer("tcp://127.0.0.1:*", max_message_bytes=64 << 20)
     sender.send(transport.endpoint)
-    aggregator, clock = Aggregator(), MonotonicClock()
-    serve(aggregator, transport, clock)
+    serve(Aggregator(index, of), transport, MonotonicClock())
     transport.close()
 
 

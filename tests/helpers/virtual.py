@@ -79,13 +79,22 @@ class World:
 
     Args:
         aggregator: the one aggregator of the job.
-        latency_s: of every message, either way.
+        latency_s: of every message, either way, or what gives that of the next one. Messages of a connection keep
+            their order.
+        down: (frames) -> the latencies of what the aggregator sends, one for each time it arrives; they may overtake
+            each other, none loses the message. None: as `latency_s` says.
     """
 
-    def __init__(self, aggregator: Aggregator | None = None, latency_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        aggregator: Aggregator | None = None,
+        latency_s: float | Callable[[], float] = 0.0,
+        down: Callable[[Sequence[Any]], Sequence[float]] | None = None,
+    ) -> None:
         self.net = MemoryNetwork(self._on_send)
         self.aggregator = aggregator if aggregator is not None else Aggregator()
-        self.latency_s = latency_s
+        self._latency_s, self._down = latency_s, down
+        self._arrives_s: dict[tuple[str, bytes], float] = {}  # when the newest message of a connection arrives
         self.sessions: dict[bytes, Session] = {}
         self.scripts: list[Script] = []
         self._running: Script | None = None
@@ -136,8 +145,17 @@ class World:
 
     def _on_send(self, peer: bytes, frames: Sequence[Any]) -> None:
         session = self.sessions.get(peer)
-        if session is not None:
-            self.net.at(self.now() + self.latency_s, lambda: self._receive(session, list(frames)))
+        if session is None:
+            return
+        times_s = [self.arrival_s("down", peer)] if self._down is None else [self.now() + s for s in self._down(frames)]
+        for time_s in times_s:
+            self.net.at(time_s, lambda: self._receive(session, list(frames)))
+
+    def arrival_s(self, way: str, peer: bytes) -> float:
+        """Return when a message that is sent now arrives."""
+        latency_s = self._latency_s() if callable(self._latency_s) else self._latency_s
+        self._arrives_s[way, peer] = max(self.now() + latency_s, self._arrives_s.get((way, peer), 0.0))
+        return self._arrives_s[way, peer]
 
     def _receive(self, session: Session, frames: list[Any]) -> None:
         session.receive(0, frames, self.now())
@@ -168,7 +186,7 @@ class VirtualCarrier:
 
     def flush(self) -> None:
         for _, frames in self._session.drain():
-            self._world.net.deliver(self._world.now() + self._world.latency_s, self._peer, frames())
+            self._world.net.deliver(self._world.arrival_s("up", self._peer), self._peer, frames())
 
     def close(self) -> None:
         self.flush()

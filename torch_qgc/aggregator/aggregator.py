@@ -71,7 +71,7 @@ class Aggregator:
             self.stats["bad_messages"] += 1
             self._trace(Event(now, "reject", None, None, self._lobby.worker_of(peer), {"text": str(error)}))
             logger.warning("a message was dropped: %s", error)
-            self._send(peer, messages.Rejected(str(error)[:8000]))
+            self._send(peer, messages.Rejected(messages.as_text(error)))
 
     def lost(self, peer: bytes, now: float) -> None:
         """Note that a peer's connection is gone."""
@@ -119,6 +119,8 @@ class Aggregator:
         if self.job is None and hello.worker != 0:
             self._lobby.keep_waiting(peer, hello)
             return
+        if self._lobby.worker_of(peer) == hello.worker:
+            return  # it was asked twice, for two messages that it had sent before it was in
         try:
             if hello.version != messages.PROTOCOL_VERSION:
                 raise ProtocolError(
@@ -145,7 +147,7 @@ class Aggregator:
         except (ProtocolError, PlanError, ConfigError) as error:
             self.stats["refused"] += 1
             logger.warning("a worker was refused: %s", error)
-            self._send(peer, messages.Refusal(str(error)[:8000]))
+            self._send(peer, messages.Refusal(messages.as_text(error)))
             return
         self._collect()
         for other_peer, other in self._lobby.take_waiting():
@@ -175,5 +177,8 @@ class Aggregator:
         return dict(self.stats)
 
     def __repr__(self) -> str:
-        which = f"Aggregator({self.index} of {self.count}"
-        return f"{which}, {self._lobby!r}, {self.job!r})" if self.job is not None else f"{which}, {self._lobby!r})"
+        if self.job is None:
+            phase = "waits for worker 0"
+        else:
+            phase = "failed" if self.failed is not None else "finished" if self.finished else "serves"
+        return f"Aggregator({self.index} of {self.count}, {phase}, {self._lobby!r}, {self.job!r})"

@@ -78,42 +78,50 @@ class Job:
         """Enter a worker that lacks the results from `step` on.
 
         Raises:
-            ProtocolError: they are no longer there.
+            ProtocolError: they are no longer there, or there can be no results before it yet.
         """
-        oldest = self.log.oldest
+        oldest, newest = max(self.log.oldest, self.spec.first_step), self.rounds.oldest
         if step < oldest:
             raise ProtocolError(
                 f"worker {worker} needs the results from step {step} on, the log starts at {oldest}: "
                 "load a checkpoint the other workers also start from, or raise log_steps / log_bytes"
             )
+        if step > newest:
+            raise ProtocolError(
+                f"worker {worker} has results up to step {step - 1}, but step {newest} has not closed yet: is it a "
+                "worker of another job?"
+            )
         self.rounds.join(worker, step, now)
         logger.info("worker %d joined at step %d", worker, step)
         self._send(worker, messages.Welcome(oldest))
 
-    def lost(self, worker: int, now: float) -> None:
+    def lost(self, worker: int, now: float, why: str = "its process or its network is gone") -> None:
         """Note that a worker has vanished: an immediate erasure, or the end of the job if the rule says so."""
         if worker in self._left_at:
             return  # it has said goodbye
+        self._take_out(worker, now, why)
+        self.close_due(now)
+
+    def _take_out(self, worker: int, now: float, why: str) -> None:
         self.stats["lost_workers"] += 1
         self.rounds.leave(worker, now, "lost")
         if self.failed is not None:
             return
-        logger.info("worker %d was lost in step %d", worker, self.rounds.oldest)
+        logger.info("worker %d was lost in step %d: %s", worker, self.rounds.oldest, why)
         if self.spec.rule.on_loss == "fail":
             self.fail(
-                f"worker {worker} was lost in step {self.rounds.oldest}: its process or its network is gone "
-                "(on_loss='fail'; 'continue' lets the others go on)",
+                f"worker {worker} was lost in step {self.rounds.oldest}: {why} (on_loss='fail'; 'continue' lets the "
+                "others go on)",
                 now,
             )
-            return
-        self._send(EVERYBODY, messages.Gone(worker, "lost"))
-        self._settle_agreement(now)
-        self.close_due(now)
+        else:
+            self._send(EVERYBODY, messages.Gone(worker, "lost"))
+            self._settle_agreement(now)
 
     def fail(self, text: str, now: float) -> None:
         """End the job on every rank."""
         if self.failed is None:
-            self.failed = text[:8000]
+            self.failed = messages.as_text(text)
             self._trace(Event(now, "fail", None, None, None, {"text": self.failed}))
             logger.info("the job has failed: %s", self.failed)
         self._send(EVERYBODY, messages.Failed(self.failed))
@@ -136,6 +144,11 @@ class Job:
             case messages.Fetch(step, chunk):
                 self._fetch(worker, step, chunk)
             case messages.Hash(step, parts):
+                if step > self.rounds.oldest:
+                    raise ProtocolError(
+                        f"worker {worker} states what it is before step {step}, but step {self.rounds.oldest} has not "
+                        "closed yet"
+                    )
                 self._agreement.state(worker, step, parts)
                 self._settle_agreement(now)
             case messages.Mark():
@@ -146,8 +159,6 @@ class Job:
             case messages.Bye(step):
                 self._bye(worker, step, now)
                 self.close_due(now)
-            case messages.Hello():
-                raise ProtocolError(f"worker {worker}: a second Hello on one connection")
 
     def _push(self, worker: int, push: messages.Push, rest: Sequence[Frame], now: float) -> None:
         where = f"worker {worker}, step {push.step}, chunk {push.chunk}"
@@ -181,7 +192,11 @@ class Job:
     # --- closing ----------------------------------------------------------------------------------------
 
     def close_due(self, now: float, chunks: Iterable[int] | None = None) -> None:
-        """Decode, log and send the rounds that are due."""
+        """Decode, log and send the rounds that are due; give up those who have not joined in time."""
+        for worker in self.rounds.overdue(now):
+            self._take_out(worker, now, f"it did not join within {self.spec.join_timeout_s:g} s")
+        if self.failed is not None:
+            return
         for closing in self.rounds.close_due(now, chunks):
             self._publish(closing)
 
@@ -211,6 +226,10 @@ class Job:
         if left:
             self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
         elif begin.thin:
+            if step >= self.rounds.oldest:
+                raise ProtocolError(
+                    f"worker {worker} takes the result of step {step}, but step {self.rounds.oldest} has not closed yet"
+                )
             self.rounds.roster.advance(worker, step)
             if worker not in self._has_been_late:  # whatever its loop does otherwise shows now
                 self._has_been_late.add(worker)
@@ -239,7 +258,7 @@ class Job:
 
     def __repr__(self) -> str:
         late = self.stats["late"]
-        end = f", failed: {self.failed}" if self.failed is not None else ""
+        end = f", failed: {self.failed!r:.300}" if self.failed is not None else ""
         return f"Job({self.rounds!r}, {self.stats['rounds']} rounds closed, {late} payloads late{end})"
 
 

@@ -120,4 +120,4 @@ class Lobby:
         return waiting
 
     def __repr__(self) -> str:
-        return f"Lobby({len(self._worker_of)} workers in, {len(self._waiting)} waiting for worker 0)"
+        return f"Lobby({len(self._worker_of)} workers in, {len(self._waiting)} waiting)"

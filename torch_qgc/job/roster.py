@@ -15,14 +15,15 @@ class Roster:
 
     Args:
         workers: K.
+        first_step: of the job.
         join_by_s: when those that have not joined are no longer expected; infinite: never.
     """
 
-    def __init__(self, workers: int, join_by_s: float = math.inf) -> None:
+    def __init__(self, workers: int, first_step: int = 0, join_by_s: float = math.inf) -> None:
         self._join_by_s = join_by_s
         self.alive: NDArray[np.bool_] = np.ones(workers, dtype=np.bool_)  # the expected count as alive
         self._joined = np.zeros(workers, dtype=np.bool_)
-        self._position = np.zeros(workers, dtype=np.int64)  # first step whose result the worker may lack
+        self._position = np.full(workers, first_step, dtype=np.int64)  # first step whose result the worker may lack
 
     def join(self, worker: int, step: int) -> None:
         """Enter a worker, for the first time or back from the dead, whose first missing result is that of `step`."""
@@ -37,11 +38,17 @@ class Roster:
         """Note that a worker has applied all steps below `step`."""
         self._position[worker] = max(self._position[worker], step)
 
-    def awaited(self, now: float) -> frozenset[int]:
-        """Return the workers that may still send: alive, and joined or still expected to."""
-        if now > self._join_by_s:
-            self.alive &= self._joined
+    @property
+    def awaited(self) -> frozenset[int]:
+        """The workers that may still send: alive, and joined or still expected to."""
         return frozenset(np.flatnonzero(self.alive).tolist())
+
+    def overdue(self, now: float) -> list[int]:
+        """Return the workers that are still expected, but have not joined in time."""
+        if now <= self._join_by_s:
+            return []
+        overdue: list[int] = np.flatnonzero(self.alive & ~self._joined).tolist()
+        return overdue
 
     def behind(self, step: int) -> frozenset[int]:
         """Return the live workers that may still lack a result below `step`."""

@@ -45,7 +45,7 @@ class Closing(Generic[T]):
         counts: [K] int64 payloads of each worker.
         rates: [K] contributions per round r_k that the coefficients m_k / r_k take. The shares of the dead are spread
             over the living: the r_k are multiplied by the living's part of all shares.
-        alive: [K] bool, who was in the job.
+        alive: [K] bool, who was in the job, or had sent what is in the round before it was lost.
         waited_for_all: everybody alive is in it; its r_k are 1 and it says nothing about rates.
         extended_s: seconds that it was open after its deadline, for its quorum or for a worker about to fall off the
             log.
@@ -97,7 +97,7 @@ class Rounds(Generic[T]):
         trace: Trace = silent,
     ) -> None:
         self.rule, self.chunks = rule, list(chunks)
-        self.roster = Roster(len(shares), join_by_s)
+        self.roster = Roster(len(shares), first_step, join_by_s)
         self.rates = ArrivalRates(prior_rates, chunks=len(self.chunks))
         self._shares, self._first_step, self._log_steps, self._trace = shares, first_step, log_steps, trace
         self._open: dict[int, _Round[T]] = {chunk: _Round(first_step) for chunk in self.chunks}
@@ -152,17 +152,21 @@ class Rounds(Generic[T]):
         self.roster.remove(worker)
         self._trace(Event(now, how, None, None, worker, {}))
 
+    def overdue(self, now: float) -> list[int]:
+        """Return the workers that have not joined in time: to be taken out with `leave`."""
+        return self.roster.overdue(now)
+
     def begin(self, worker: int, step: int, now: float) -> bool:
         """Note that a worker computes a step; tell whether it is the first to, which starts the step's clock.
 
         Raises:
-            ProtocolError: the step before has not closed.
+            ProtocolError: the step before has not closed for every chunk.
         """
-        if step > self.newest:
-            raise ProtocolError(f"worker {worker} begins step {step}, but step {self.newest} has not closed yet")
+        if step > self.oldest:
+            raise ProtocolError(f"worker {worker} begins step {step}, but step {self.oldest} has not closed yet")
         self.roster.advance(worker, step)
         self._trace(Event(now, "begin", step, None, worker, {}))
-        if step in self.began_at_s or step < self.oldest:
+        if step < self.oldest or step in self.began_at_s:
             return False
         self.began_at_s[step] = now
         return True
@@ -203,7 +207,7 @@ class Rounds(Generic[T]):
 
     def close_due(self, now: float, chunks: Iterable[int] | None = None) -> list[Closing[T]]:
         """Close the rounds that are due now, of all chunks or of those that something has happened to."""
-        awaited = self.roster.awaited(now)
+        awaited = self.roster.awaited
         due = [c for c in (self.chunks if chunks is None else chunks) if self._is_due(self._open[c], now, awaited)]
         return [self._close(chunk, now) for chunk in due]
 
@@ -232,9 +236,9 @@ class Rounds(Generic[T]):
     def _close(self, chunk: int, now: float) -> Closing[T]:
         current, column = self._open[chunk], self._column[chunk]
         waits = self.waits_for_all(current.step)
-        alive = self.roster.alive.copy()
         payloads = [(worker, made_for, kept) for (worker, made_for), kept in sorted(current.payloads.items(), key=_key)]
-        counts = np.bincount([worker for worker, _, _ in payloads], minlength=len(alive)).astype(np.int64)
+        counts = np.bincount([worker for worker, _, _ in payloads], minlength=len(self._shares)).astype(np.int64)
+        alive = self.roster.alive | (counts > 0)  # who is in it answers for its own share, whatever became of it since
         rates = np.ones(len(alive)) if waits else self.rates.rates(column)
         rates = rates * max(float(self._shares[alive].sum()), 1e-9)
         extended_s = 0.0
@@ -245,7 +249,7 @@ class Rounds(Generic[T]):
         self._open[chunk] = _Round(current.step + 1)
         for past in [step for step in self.began_at_s if step < self.oldest]:
             del self.began_at_s[past]
-        detail = {"counts": counts, "extended_s": extended_s, "alive": alive}
+        detail = {"counts": counts, "rates": rates, "alive": alive, "extended_s": extended_s}
         self._trace(Event(now, "close", current.step, chunk, None, detail))
         return Closing(current.step, chunk, payloads, counts, rates, alive, waits, extended_s)
 

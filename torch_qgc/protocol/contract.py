@@ -23,6 +23,7 @@ Digest = Annotated[str, msgspec.Meta(max_length=128)]
 MOST_WORKERS = 8192  # a result's header has a byte for each
 MOST_STALENESS = 200  # a worker's payloads in one round are counted in a byte
 MOST_CELLS = 1 << 22  # workers x chunks, for each of which an aggregator keeps some 40 bytes
+MOST_CHUNKS = 1 << 16  # for each of which it keeps some 500 bytes more
 MOST_CHUNK_NUMEL = 1 << 26  # 256 MiB unquantized, the largest message that sockets take
 LEAST_LOG_STEPS = 4
 
@@ -50,7 +51,8 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     on_loss: Literal["continue", "fail"] = "continue"
 
     def __post_init__(self) -> None:
-        if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
+        deadline_s: Any = self.deadline_s
+        if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 < deadline_s < math.inf):
             raise ConfigError(
                 f"deadline_s: expected a positive number of seconds, or None to wait for all, got {self.deadline_s!r}"
             )
@@ -59,8 +61,9 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ("quorum", 1, MOST_WORKERS),
             ("max_staleness", 0, MOST_STALENESS),
         ):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"{name}: expected a number in {least}..{most}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ConfigError(f"{name}: expected a whole number in {least}..{most}, got {value!r}")
         for name, words in (("late", ("fold", "drop")), ("on_loss", ("continue", "fail"))):
             if getattr(self, name) not in words:
                 raise ConfigError(f"{name}: expected {words[0]!r} or {words[1]!r}, got {getattr(self, name)!r}")
@@ -154,10 +157,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"chunk_numel: expected a positive multiple of {BLOCK} up to {MOST_CHUNK_NUMEL:,}, got "
                 f"{self.chunk_numel:,}"
             )
-        if self.workers * self.chunks > MOST_CELLS:
+        if self.chunks > MOST_CHUNKS or self.workers * self.chunks > MOST_CELLS:
             raise ConfigError(
-                f"chunk_numel: expected at most {MOST_CELLS:,} workers x chunks, got {self.workers} x {self.chunks:,}: "
-                "raise Limits(chunk_numel=...)"
+                f"chunk_numel: expected at most {MOST_CHUNKS:,} chunks and {MOST_CELLS:,} workers x chunks, got "
+                f"{self.workers} x {self.chunks:,}: raise Limits(chunk_numel=...)"
             )
         if self.aggregators > self.chunks:
             raise ConfigError(
@@ -189,6 +192,12 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"plan: expected the one with digest {self.plan_digest}, got {plan.digest()}: pass the same plan to "
                 "every rank"
             )
+        mute = [worker for worker, bits in enumerate(plan.bits.tolist()) if bits == 0]
+        if mute:
+            raise ConfigError(
+                f"plan: expected at least 2 bits for every worker, got 0 for worker {mute[0]}, of which nothing would "
+                "ever come: leave its rank out of the process group"
+            )
         try:
             plan.check_trainable()
         except PlanError as error:
@@ -197,7 +206,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def _check_schema(spec: JobSpec) -> None:
     """Apply to values that were set here what decoding applies to values that were received."""
-    values = msgspec.to_builtins(spec)
+    try:
+        values = msgspec.to_builtins(spec)
+    except TypeError as error:
+        raise ConfigError(f"expected Python's own numbers and strings, got {spec!r} ({error})") from error
     try:
         msgspec.convert(values, JobSpec)
     except msgspec.ValidationError as error:

@@ -39,16 +39,18 @@ __all__ = [
     "Started",
     "Verify",
     "Welcome",
+    "as_text",
     "decode_from_aggregator",
     "decode_from_worker",
     "encode_message",
 ]
 
 PROTOCOL_VERSION = 2
-MAX_HEADER_BYTES = 16 * 1024  # every header; plans travel in a frame of their own
+MAX_HEADER_BYTES = 40 * 1024  # every header, with a text of 8192 characters in it; plans travel in their own frame
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
-Text = Annotated[str, msgspec.Meta(max_length=8192)]
+MAX_TEXT = 8192  # characters, of up to four bytes
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 ABSENT = 255  # in a result's contributions: this worker was not in the job when the round closed
 
 
@@ -203,6 +205,12 @@ FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Fault | Bye
 FromAggregator = (
     Welcome | Refusal | Introduce | Started | Result | Gone | Verify | Agreed | Marked | Rejected | Failed | Ping
 )
+
+
+def as_text(words: object) -> str:
+    """Return what a message can hold of an error or of other words: cut off, and without what UTF-8 cannot say."""
+    return str(words)[:MAX_TEXT].encode("utf-8", "replace").decode()
+
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -83,7 +83,9 @@ class Connection:
 
     def begin(self, step: int, *, thin: bool = False) -> None:
         """Announce the step's forward pass to every aggregator; a thin one is for the result only."""
-        self._say(messages.Begin(step, thin))
+        with self._carrier.locked():
+            self._session.begin(step, thin=thin)
+            self._carrier.flush()
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Any, float, float]]) -> None:
         """Send a chunk.
@@ -143,7 +145,7 @@ class Connection:
         """
         session = self._session
         with self._carrier.locked():
-            session.say(messages.Fault(step, text[:8000]))
+            session.fault(step, text)
             self._carrier.flush()
             return self._carrier.wait_for(lambda: len(session.failed_at) == len(session.endpoints), timeout_s)
 

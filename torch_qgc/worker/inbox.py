@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import ProtocolError
+from torch_qgc.kernels import payload_bytes
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.messages import ABSENT, Result
 
@@ -67,12 +68,15 @@ class Inbox:
         Raises:
             ProtocolError: it is not one of this job.
         """
-        contributions = np.frombuffer(header.contributions, dtype=np.uint8)
-        if len(frames) != 1 or header.chunk >= self._spec.chunks or len(contributions) != self._spec.workers:
+        spec, contributions = self._spec, np.frombuffer(header.contributions, dtype=np.uint8)
+        numel = spec.chunk_span(header.chunk)[1]
+        sizes = [memoryview(frame).nbytes for frame in frames]
+        expected = (spec.workers, spec.downlink_bits, [payload_bytes(max(numel, 0), spec.downlink_bits)])
+        got = (len(contributions), header.bits, sizes)
+        if got != expected or numel <= 0:
             raise ProtocolError(
-                f"result of step {header.step}, chunk {header.chunk}: expected one payload frame and "
-                f"{self._spec.workers} workers, got {len(frames)} and {len(contributions)}: "
-                "the aggregator serves another job"
+                f"result of step {header.step}, chunk {header.chunk} of {spec.chunks}: expected (workers, bits, sizes) "
+                f"{expected}, got {got}: the aggregator serves another job"
             )
         self._newest = max(self._newest, header.step)
         if header.step < self.step or header.chunk in self._results.get(header.step, ()):

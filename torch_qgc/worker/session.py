@@ -14,6 +14,8 @@ from torch_qgc.worker.inbox import Inbox
 
 __all__ = ["Outgoing", "Session"]
 
+REFUSED_S = 5.0  # for that long a worker that was in before is patient when it is refused
+
 Frame = Any
 #: An aggregator, and a call that gives the message for it: payloads may have to wait for a device.
 Outgoing = tuple[int, Callable[[], list[Frame]]]
@@ -58,6 +60,8 @@ class Session:
         self.bytes_sent = self.bytes_received = 0
         self.outbox: list[Outgoing] = []
         self._left = False
+        self._said: list[Outgoing] = []  # in the step at hand; said again where a connection was lost
+        self._refused_at_s: dict[int, float] = {}
         self._plan_json, self._silence_s, self._trace = plan_json, silence_s, trace
         self._silent_s = [0.0] * len(self.endpoints)
         self._last_tick_s: float | None = None
@@ -68,9 +72,15 @@ class Session:
 
     def say(self, message: messages.FromWorker, aggregator: int | None = None) -> None:
         """Queue a message for one aggregator, or for all."""
-        header = messages.encode_message(message)
-        for each in range(len(self.endpoints)) if aggregator is None else (aggregator,):
-            self.outbox.append((each, lambda: [header]))
+        self.outbox += self._addressed(message, aggregator)
+
+    def begin(self, step: int, *, thin: bool = False) -> None:
+        """Queue the announcement of a step."""
+        self._keep(self._addressed(messages.Begin(step, thin)), forget=True)
+
+    def fault(self, step: int, text: str) -> None:
+        """Queue the report of an error; from now on nothing else is to be said."""
+        self._keep(self._addressed(messages.Fault(step, messages.as_text(text))), forget=True)
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Frame, float, float]]) -> None:
         """Queue a chunk; `payload` returns (buffer, rounding variance, squared norm) when it is sent."""
@@ -79,7 +89,7 @@ class Session:
             buffer, variance, squared_norm = payload()
             return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm)), buffer]
 
-        self.outbox.append((chunk % len(self.endpoints), frames))
+        self._keep([(chunk % len(self.endpoints), frames)])
 
     def leave(self) -> None:
         """Queue a goodbye, once."""
@@ -96,6 +106,15 @@ class Session:
         """Return what is to be sent, in order, and forget it."""
         outbox, self.outbox = self.outbox, []
         return outbox
+
+    def _addressed(self, message: messages.FromWorker, aggregator: int | None = None) -> list[Outgoing]:
+        header = messages.encode_message(message)
+        return [(a, lambda: [header]) for a in (range(len(self.endpoints)) if aggregator is None else (aggregator,))]
+
+    def _keep(self, outgoing: list[Outgoing], *, forget: bool = False) -> None:
+        """Queue what may have to be said again."""
+        self._said = ([] if forget else self._said) + outgoing
+        self.outbox += outgoing
 
     def _hello(self, aggregator: int) -> None:
         hello = messages.Hello(
@@ -122,11 +141,17 @@ class Session:
                 self.inbox.start(step, now - elapsed_s)
             case messages.Welcome():
                 self.welcomed.add(aggregator)
+                # After a reconnection: what was on its way on the old connection may be lost.
+                self.outbox += [(each, frames) for each, frames in self._said if each == aggregator]
+                self._refused_at_s.pop(aggregator, None)
                 self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
             case messages.Introduce():
                 self._hello(aggregator)
             case messages.Refusal(text):
-                self.end(Refused(text))
+                # A connection may come back before the aggregator has noticed that it was lost.
+                patient = aggregator in self.welcomed
+                if not patient or now - self._refused_at_s.setdefault(aggregator, now) > REFUSED_S:
+                    self.end(Refused(text))
             case messages.Failed(text):
                 self.failed_at.add(aggregator)
                 self.end(JobFailed(text))
@@ -181,5 +206,9 @@ class Session:
             )
 
     def __repr__(self) -> str:
-        state = f"ended: {self.error}" if self.error is not None else f"{len(self.welcomed)} of them have let it in"
-        return f"Session(worker {self.worker}, {len(self.endpoints)} aggregators, {state}, {self.inbox!r})"
+        if self.error is not None:
+            phase = f"ended: {str(self.error)!r:.300}"
+        else:
+            phase = "in the job" if len(self.welcomed) == len(self.endpoints) else "joining"
+        let_in = f"let in by {len(self.welcomed)} of {len(self.endpoints)} aggregators"
+        return f"Session(worker {self.worker}, {phase}, {let_in}, {self.inbox!r})"

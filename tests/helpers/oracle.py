@@ -1,0 +1,87 @@
+"""What every worker must have applied, from a job's trace and the payloads that were sent: float64, written anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_qgc.job.events import Event
+from torch_qgc.kernels.buffers import Payload, decode_sum
+from torch_qgc.planner import Plan
+from torch_qgc.protocol.contract import JobSpec
+
+
+class Oracle:
+    """A trace that adds up what is in each round:  sum of m_k / (r_k S) Q_k,  S the living's part of the shares.
+
+    r_k is one over the mean number of rounds between contributions, of which the prior 1 - p_k counts as eight rounds.
+
+    Args:
+        plan, spec: the job; the plan decodes without bias and has no second track.
+        payload_of: (worker, step, chunk) -> the bytes that were sent.
+    Attributes:
+        expected: (step, chunk) -> [n] float64.
+        counts: (step, chunk) -> [K] payloads of each worker.
+        events: everything that was traced, in order.
+    """
+
+    def __init__(self, plan: Plan, spec: JobSpec, payload_of: Callable[[int, int, int], Any]) -> None:
+        self.plan, self.spec, self.payload_of = plan, spec, payload_of
+        self.expected: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self.counts: dict[tuple[int, int], list[int]] = {}
+        self.events: list[Event] = []
+        self._in: dict[int, list[tuple[int, int]]] = {chunk: [] for chunk in range(spec.chunks)}
+        prior = 1.0 - plan.straggle_probs
+        self._prior = [8.0 * rate for rate in prior]
+        self._gap = {chunk: [1.0 / rate for rate in prior] for chunk in range(spec.chunks)}
+        self._since = {chunk: [0] * spec.workers for chunk in range(spec.chunks)}
+        self._seen = {chunk: [0] * spec.workers for chunk in range(spec.chunks)}
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if event.name == "arrive" and event.detail["fate"] != "dropped":
+            assert event.chunk is not None
+            assert event.worker is not None
+            assert event.step is not None
+            self._in[event.chunk].append((event.worker, event.step))
+        elif event.name == "close":
+            self._close(event)
+
+    def _close(self, event: Event) -> None:
+        step, chunk, alive = event.step, event.chunk, event.detail["alive"]
+        assert step is not None
+        assert chunk is not None
+        _, numel = self.spec.chunk_span(chunk)
+        waits = self.spec.waits_for_all(step)
+        living = sum(share for share, here in zip(self.plan.shares.tolist(), alive) if here)
+        total, counts = np.zeros(numel), [0] * self.spec.workers
+        for worker, made_for in self._in[chunk]:
+            counts[worker] += 1
+            rate = 1.0 if waits else 1.0 / self._gap[chunk][worker]
+            total += self.plan.shares[worker] / rate / living * self._values(worker, made_for, chunk)
+        assert counts == list(event.detail["counts"])
+        self.expected[step, chunk], self.counts[step, chunk] = total, counts
+        self._in[chunk] = []
+        if not waits:
+            self._learn(chunk, counts, alive)
+
+    def _learn(self, chunk: int, counts: list[int], alive: Any) -> None:
+        gap, since, seen = self._gap[chunk], self._since[chunk], self._seen[chunk]
+        for worker, count in enumerate(counts):
+            since[worker] += int(alive[worker])
+            for _ in range(count):
+                seen[worker] += 1
+                weight = max(1.0 / (self._prior[worker] + seen[worker]), 1.0 / 128.0)
+                gap[worker] += weight * (since[worker] - gap[worker])
+                since[worker] = 0
+
+    def _values(self, worker: int, made_for: int, chunk: int) -> NDArray[np.float64]:
+        """Return what one payload decodes to."""
+        _, numel = self.spec.chunk_span(chunk)
+        out = np.empty(numel, dtype=np.float32)
+        payload = Payload(self.payload_of(worker, made_for, chunk), numel, int(self.plan.bits[worker]))
+        decode_sum([payload], [1.0], out, accumulate=False)
+        return out.astype(np.float64)
