@@ -14,9 +14,13 @@ from helpers.ranks import aggregators
 from helpers.simulated import Job, make_spec, peer_of, push_all, simple_plan, take
 from helpers.virtual import World, session_for
 
+from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.aggregator.process import serve
 from torch_qgc.errors import JobFailed
 from torch_qgc.logs import logger
+from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.transport import MemoryNetwork, Sent
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.session import Session
 from torch_qgc.worker.sockets import SocketCarrier
@@ -175,6 +179,34 @@ def test_a_worker_that_leaves_in_good_order_is_no_loss(warned: pytest.LogCapture
     world.run()
     assert world.aggregator.failed is None
     assert losses(warned) == []
+
+
+class HangingUp(MemoryNetwork):
+    """A network on which worker 1's goodbye comes with the end of its connection, which is noticed first."""
+
+    def __init__(self, goodbye: list[bytes]) -> None:
+        super().__init__()
+        self._goodbye = goodbye
+
+    def send(self, peer: bytes, frames: Sequence[object]) -> Sent:
+        if peer == peer_of(1) and self.now() >= 5.0:
+            self.deliver(self.now(), peer, self._goodbye)
+            return Sent.GONE
+        return Sent.OK
+
+
+def test_a_goodbye_that_is_read_after_the_connection_has_ended_is_one() -> None:
+    """With on_loss="fail" the job would end because a worker had come to its end."""
+    network = HangingUp([messages.encode_message(messages.Bye())])
+    aggregator = Aggregator()
+    for worker in range(2):
+        for _, frames in session_for(make_spec(PLAN, on_loss="fail"), PLAN, worker).drain():
+            network.deliver(0.0, peer_of(worker), frames())
+    serve(aggregator, network, network, stop=lambda: network.now() > 10.0)
+    assert aggregator.failed is None
+    assert aggregator.stats["lost_workers"] == 0
+    assert aggregator.job is not None
+    assert aggregator.job.rounds.roster.awaited == {0}
 
 
 def test_a_killed_process_is_noticed_and_the_others_are_warned(warned: pytest.LogCaptureFixture) -> None:

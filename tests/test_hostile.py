@@ -242,7 +242,7 @@ def test_strangers_change_no_byte_of_what_the_members_get() -> None:
     seen: Counter[str] = Counter()
 
     @given(st.lists(st.tuples(st.sampled_from(STRANGERS), harmless | endings), min_size=1, max_size=STEPS * 3))
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=80, deadline=None)
     def attack(attacks: list[tuple[bytes, list[bytes]]]) -> None:
         honest = Honest()
         honest.join()
@@ -270,7 +270,7 @@ def test_a_member_that_means_harm_can_only_send_its_own_gradient() -> None:
     seen: Counter[str] = Counter()
 
     @given(st.lists(harmless | deliveries, min_size=1, max_size=STEPS * 4), st.floats(0, 0.4))
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=80, deadline=None)
     def attack(attacks: list[Any], passed_s: float) -> None:
         honest = Honest()
         honest.join()
@@ -298,7 +298,7 @@ def test_a_member_that_means_harm_can_only_send_its_own_gradient() -> None:
 
     attack()
     assert seen["past the decoder"] > seen["stopped by the decoder"], seen
-    assert min(seen["with its payload"], seen["untouched"]) > 20, seen
+    assert min(seen["with its payload"], seen["untouched"]) > 10, seen
 
 
 def test_before_the_job_nothing_escapes_and_the_lobby_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_before_the_job_nothing_escapes_and_the_lobby_is_bounded(monkeypatch: py
     peers = [b"peer-%d" % n for n in range(6)]
 
     @given(st.lists(st.tuples(st.sampled_from(peers), hellos(plans()) | harmless | endings), min_size=1, max_size=12))
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def attack(attacks: list[tuple[bytes, list[bytes]]]) -> None:
         honest = Honest()
         for peer, frames in attacks:
@@ -327,7 +327,7 @@ def test_before_the_job_nothing_escapes_and_the_lobby_is_bounded(monkeypatch: py
 
     attack()
     assert seen["past the decoder"] > seen["stopped by the decoder"], seen
-    assert seen["jobs after it"] > 30, seen
+    assert seen["jobs after it"] > 10, seen
 
 
 def test_endings_that_a_member_may_announce_reach_all_and_nothing_escapes_after_them() -> None:
@@ -364,7 +364,7 @@ def count(seen: Counter[str], frames: list[bytes]) -> None:
 @example(plan=b'{"format":2}')
 @example(plan=b"[" * 100_000)
 @example(plan=PLAN.to_json().replace('"unbiased"', '"\\ud800"').encode())  # a text that UTF-8 cannot say
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_plan_is_answered(plan: bytes) -> None:
     aggregator = Aggregator()
     try:

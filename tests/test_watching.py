@@ -88,7 +88,7 @@ def assert_worker_is_seen(rank: int, events: list[tuple[Any, ...]]) -> None:
 def assert_aggregator_is_seen(events: list[Event]) -> None:
     assert [e.time_s for e in events] == sorted(e.time_s for e in events)
     assert [e.name for e in events[:2]].count("join") >= 1
-    assert sorted(e.worker for e in events if e.name == "left") == [0, 1]  # type: ignore[type-var]
+    assert sorted((e.worker, e.name) for e in events if e.name in ("left", "lost")) == [(0, "left"), (1, "left")]
     for step in range(STEPS):
         names = [e.name for e in events if e.step == step]
         assert names.count("begin") == 2

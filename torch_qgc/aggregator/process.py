@@ -38,9 +38,11 @@ def serve(
         for peer, frames in aggregator.drain():
             if peer not in gone and transport.send(peer, frames) is Sent.GONE:
                 gone.add(peer)
-        for peer in gone:
-            aggregator.lost(peer, clock.now())
-        if gone:
+        if gone:  # a worker that has said goodbye may be gone before that is read
+            for peer, frames in transport.poll(0.0):
+                aggregator.receive(peer, frames, clock.now())
+            for peer in gone:
+                aggregator.lost(peer, clock.now())
             aggregator.tick(clock.now())
         if aggregator.finished:
             break
