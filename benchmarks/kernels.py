@@ -55,7 +55,7 @@ def copies(values: torch.Tensor) -> list[Subject]:
 
 def codec(values: torch.Tensor) -> list[Subject]:
     """The public face, at 2, 3, 4 and 8 bits."""
-    out, second = torch.zeros_like(values), torch.zeros_like(values)
+    out = torch.zeros_like(values)
     subjects = []
     for bits in (2, 3, 4, 8):
         wire = 8 * payload_bytes(values.numel(), bits) / values.numel()
@@ -66,13 +66,11 @@ def codec(values: torch.Tensor) -> list[Subject]:
             f"decode: torch_qgc {bits} bits, accumulate": lambda p=payload: decode_sum([p], [0.5], out),
         }
         subjects += [Subject(name, run, wire) for name, run in runs.items()]
-    eight, ones = [encode(values, 4, key=(1, k)) for k in range(8)], [0.5] * 8
+    eight, halves = [encode(values, 4, key=(1, k)) for k in range(8)], [0.5] * 8
     wire = 8 * payload_bytes(values.numel(), 4) / values.numel()
     for end, accumulate in (("accumulate", True), ("overwrite", False)):  # an aggregator overwrites
-        name = f"decode: torch_qgc 4 bits, 8 payloads, two tracks, per payload, {end}"
-        fused = functools.partial(
-            decode_sum, eight, ones, out, second_coefficients=ones, second_out=second, accumulate=accumulate
-        )
+        name = f"decode: torch_qgc 4 bits, 8 payloads, per payload, {end}"
+        fused = functools.partial(decode_sum, eight, halves, out, accumulate=accumulate)
         subjects.append(Subject(name, fused, wire, per=8))
     return subjects
 
@@ -87,7 +85,7 @@ def plain(values: torch.Tensor) -> list[Subject]:
         Subject("encode: torch_qgc 4 bits, plain torch", lambda: reference.encode(values, KEY, False, 0, room), wire),
         Subject(
             "decode: torch_qgc 4 bits, plain torch",
-            lambda: reference.decode_sum([payload], [0.5], out, None, None, True),
+            lambda: reference.decode_sum([payload], [0.5], out, True),
             wire,
         ),
     ]

@@ -188,13 +188,10 @@ def test_terms_are_added_in_payload_order_with_one_rounding_each() -> None:
     assert torch.equal(out, expected)
 
 
-def test_both_tracks_equal_two_passes() -> None:
+def test_overwriting_equals_adding_to_zeros() -> None:
     payloads = [encode(gaussian(600, seed=k), bits, key=(1, k)) for k, bits in enumerate((2, 4, 32, 9))]
-    one, two = [0.1, 0.2, 0.3, 0.4], [1.0, -1.0, 2.0, 0.0]
-    first, second = torch.full((600,), 7.0), torch.full((600,), 8.0)
-    decode_sum(payloads, one, first, second_coefficients=two, second_out=second, accumulate=False)
-    expected = torch.zeros(600), torch.zeros(600)
-    decode_sum(payloads, one, expected[0])
-    decode_sum(payloads, two, expected[1])
-    assert torch.equal(first, expected[0])
-    assert torch.equal(second, expected[1])
+    coefficients = [0.1, -1.0, 2.0, 0.0]
+    overwritten, added = torch.full((600,), torch.nan), torch.zeros(600)
+    decode_sum(payloads, coefficients, overwritten, accumulate=False)
+    decode_sum(payloads, coefficients, added)
+    assert torch.equal(overwritten, added)
