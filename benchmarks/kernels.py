@@ -1,6 +1,7 @@
 """Time the codec against a memcpy of the same tensor, and against what other libraries do to a gradient.
 
     python benchmarks/kernels.py --mebibytes 100 --rounds 15
+    python benchmarks/kernels.py --only-picture     # draws the committed CSV again, measures nothing
 
 All subjects take turns in every round, and a time is divided by the memcpy's of its own round, so that a machine whose
 speed drifts favours nobody. Libraries that are not installed are left out. On a GPU the floor is a copy from device to
@@ -55,7 +56,7 @@ def copies(values: torch.Tensor) -> list[Subject]:
 
 def codec(values: torch.Tensor) -> list[Subject]:
     """The public face, at 2, 3, 4 and 8 bits."""
-    out, second = torch.zeros_like(values), torch.zeros_like(values)
+    out = torch.zeros_like(values)
     subjects = []
     for bits in (2, 3, 4, 8):
         wire = 8 * payload_bytes(values.numel(), bits) / values.numel()
@@ -66,13 +67,11 @@ def codec(values: torch.Tensor) -> list[Subject]:
             f"decode: torch_qgc {bits} bits, accumulate": lambda p=payload: decode_sum([p], [0.5], out),
         }
         subjects += [Subject(name, run, wire) for name, run in runs.items()]
-    eight, ones = [encode(values, 4, key=(1, k)) for k in range(8)], [0.5] * 8
+    eight, halves = [encode(values, 4, key=(1, k)) for k in range(8)], [0.5] * 8
     wire = 8 * payload_bytes(values.numel(), 4) / values.numel()
     for end, accumulate in (("accumulate", True), ("overwrite", False)):  # an aggregator overwrites
-        name = f"decode: torch_qgc 4 bits, 8 payloads, two tracks, per payload, {end}"
-        fused = functools.partial(
-            decode_sum, eight, ones, out, second_coefficients=ones, second_out=second, accumulate=accumulate
-        )
+        name = f"decode: torch_qgc 4 bits, 8 payloads, per payload, {end}"
+        fused = functools.partial(decode_sum, eight, halves, out, accumulate=accumulate)
         subjects.append(Subject(name, fused, wire, per=8))
     return subjects
 
@@ -87,7 +86,7 @@ def plain(values: torch.Tensor) -> list[Subject]:
         Subject("encode: torch_qgc 4 bits, plain torch", lambda: reference.encode(values, KEY, False, 0, room), wire),
         Subject(
             "decode: torch_qgc 4 bits, plain torch",
-            lambda: reference.decode_sum([payload], [0.5], out, None, None, True),
+            lambda: reference.decode_sum([payload], [0.5], out, True),
             wire,
         ),
     ]
@@ -194,12 +193,19 @@ def quartiles(ratios: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def plot(rows: list[tuple[str, float, float, float]], title: str, path: Path) -> None:
+def plot(results: Path, picture: Path) -> None:
+    """Draw the medians and quartiles of a CSV that this script wrote."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    with results.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    ratios: dict[str, list[float]] = {}
+    for row in table:
+        ratios.setdefault(row["subject"], []).append(float(row["ratio_to_memcpy"]))
+    rows = [(subject, *quartiles(measured)) for subject, measured in ratios.items()]
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     for axis, kind in zip(axes, ("encode: ", "decode: ")):
         part = sorted((r for r in rows if r[0].startswith(kind)), key=lambda r: -r[2])
@@ -210,11 +216,11 @@ def plot(rows: list[tuple[str, float, float, float]], title: str, path: Path) ->
         axis.barh(names, middles, xerr=spread, color=colours, error_kw={"lw": 1})
         axis.axvline(1, color="#444444", lw=1, ls="--")
         axis.set_xscale("log")
-        axis.set_xlabel("time / memcpy of the tensor (median, quartiles)")
         axis.set_title(kind.strip(": "))
         axis.tick_params(axis="y", labelsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.supxlabel("time divided by that of a memcpy of the tensor: median and quartiles", fontsize=10)
+    figure.suptitle(table[0]["hardware"], fontsize=10)
+    figure.savefig(picture, dpi=110)
 
 
 def main(
@@ -224,8 +230,14 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     save: Annotated[bool, typer.Option(help="write CSV to benchmarks/results and the plot to docs/pictures")] = True,
     name: Annotated[str, typer.Option(help="of those files")] = "kernels",
+    only_picture: Annotated[bool, typer.Option("--only-picture", help="draw the plot from the CSV and stop")] = False,
 ) -> None:
     """Time the codec against memcpy and other libraries."""
+    stem = name if device == "cpu" else f"{name}_{device}"
+    results, picture = RESULTS / f"{stem}.csv", PICTURES / f"benchmark_{stem}.png"
+    if only_picture:
+        plot(results, picture)
+        return
     torch.set_num_threads(threads)
     console, place = Console(), torch.device(device)
     generator = torch.Generator().manual_seed(0)
@@ -239,10 +251,8 @@ def main(
     table = Table(title=f"time relative to {FLOOR}\n{hardware}")
     for column in ("subject", "bits sent", "median", "quartiles", "ms"):
         table.add_column(column, justify="left" if column == "subject" else "right")
-    rows = []
     for subject in subjects:
         low, middle, high = quartiles([ratio for _, ratio in times[subject.name]])
-        rows.append((subject.name, low, middle, high))
         milliseconds = 1e3 * statistics.median(t for t, _ in times[subject.name])
         table.add_row(
             subject.name, f"{subject.wire:.2f}", f"{middle:.2f}", f"{low:.2f}-{high:.2f}", f"{milliseconds:.1f}"
@@ -251,15 +261,14 @@ def main(
     if not save:
         return
     RESULTS.mkdir(exist_ok=True)
-    stem = name if device == "cpu" else f"{name}_{device}"
-    with (RESULTS / f"{stem}.csv").open("w", newline="") as file:
+    with results.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["subject", "bits_sent", "round", "seconds", "ratio_to_memcpy", "hardware", "command"])
         for subject in subjects:
             for turn, (t, ratio) in enumerate(times[subject.name]):
                 row = [subject.name, f"{subject.wire:.4f}", turn, f"{t:.6f}", f"{ratio:.4f}", hardware, command]
                 writer.writerow(row)
-    plot(rows[1:], hardware, PICTURES / f"benchmark_{stem}.png")
+    plot(results, picture)
 
 
 if __name__ == "__main__":

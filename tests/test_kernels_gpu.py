@@ -44,17 +44,16 @@ def assert_encode_equal(gpu: Any, bits: int, dtype: torch.dtype, kind: str, nume
     assert_statistics_equal(got, expected)
 
 
-def assert_decode_equal(gpu: Any, numel: int, bits: list[int], two: bool, accumulate: bool, device: str) -> None:
+def assert_decode_equal(gpu: Any, numel: int, bits: list[int], accumulate: bool, device: str) -> None:
     g = torch.Generator().manual_seed(numel)
     payloads = random_payloads(numel, bits, numel)
-    weights = torch.randn(2, len(bits), generator=g).tolist()
-    expected = torch.randn(2, numel, generator=g)
+    weights = torch.randn(len(bits), generator=g).tolist()
+    expected = torch.randn(numel, generator=g)
     got = expected.to(device, copy=True)
     there = [Encoded(p.buffer.to(device), numel, p.bits) for p in payloads]
-    second = weights[1] if two else None
-    reference.decode_sum(payloads, weights[0], expected[0], second, expected[1] if two else None, accumulate)
-    gpu.decode_sum(there, weights[0], got[0], second, got[1] if two else None, accumulate)
-    assert same_bits(got.cpu(), expected), (numel, bits, two, accumulate)
+    reference.decode_sum(payloads, weights, expected, accumulate)
+    gpu.decode_sum(there, weights, got, accumulate)
+    assert same_bits(got.cpu(), expected), (numel, bits, accumulate)
 
 
 @interpreted
@@ -88,8 +87,8 @@ def test_interpreted_encode_equals_the_reference_on_all_kinds(bits: int, dtype: 
 def test_interpreted_decode_equals_the_reference(numel: int, bits: list[int]) -> None:
     from torch_qgc.kernels import gpu
 
-    for two, accumulate in ((True, True), (False, False)):
-        assert_decode_equal(gpu, numel, bits, two, accumulate, "cpu")
+    for accumulate in (False, True):
+        assert_decode_equal(gpu, numel, bits, accumulate, "cpu")
 
 
 def run_interpreted(selection: str) -> None:
@@ -137,7 +136,6 @@ DECODE = {
     "bits": "*i32",
     "coefficients": "*fp32",
     "out": "*fp32",
-    "second_out": "*fp32",
     "payloads": "i32",
     "blocks": "i32",
 }
@@ -215,17 +213,13 @@ def test_encode_of_half_precision_loads_two_columns_at_once(dtype: str) -> None:
 
 @compiled
 @pytest.mark.parametrize("arch", [90, slow(80), slow(100)])
-@pytest.mark.parametrize(
-    ("field", "two"),
-    [(4, True), *[slow(f, two) for f in (1, 4, 8, 16) for two in (False, True) if (f, two) != (4, True)]],
-)
-def test_decode_compiles_without_spills_and_with_vector_access(arch: int, field: int, two: bool) -> None:
+@pytest.mark.parametrize("field", [4, slow(1), slow(8), slow(16)])
+def test_decode_compiles_without_spills_and_with_vector_access(arch: int, field: int) -> None:
     from torch_qgc.kernels import gpu, gpu_kernels
 
-    constants = {"F": field, "TWO": two, "ALIGNED": True, "TILE": gpu.TILE}
+    constants = {"F": field, "ALIGNED": True, "TILE": gpu.TILE}
     ptx, code = compile_for(arch, gpu_kernels.decode_kernel, DECODE, constants)
-    tracks = 2 if two else 1
-    assert_well_compiled(ptx, code, loads=32 * tracks + field, stores=32 * tracks)
+    assert_well_compiled(ptx, code, loads=32 + field, stores=32)
 
 
 @pytest.mark.gpu
@@ -246,9 +240,8 @@ def test_decode_on_a_gpu_equals_the_reference(numel: int) -> None:
     from torch_qgc.kernels import gpu
 
     for bits in (*([b] for b in range(1, 17)), [4] * 8, [2, 3, 32, 8, 16, 1], []):
-        for two in (False, True):
-            for accumulate in (False, True):
-                assert_decode_equal(gpu, numel, bits, two, accumulate, "cuda")
+        for accumulate in (False, True):
+            assert_decode_equal(gpu, numel, bits, accumulate, "cuda")
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch_qgc.errors import CodecError
 
 from . import native
-from .format import BLOCK, PASS_THROUGH, check_encoding, check_size, payload_bytes
+from .format import BLOCK, PASS_THROUGH, check_coefficients, check_encoding, check_size, payload_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -82,33 +82,22 @@ def decode_sum(
     coefficients: Sequence[float],
     out: Floats32,
     *,
-    second_coefficients: Sequence[float] | None = None,
-    second_out: Floats32 | None = None,
     accumulate: bool = True,
     threads: int = 1,
 ) -> None:
-    """Add  sum_k c_k Q_k  to `out`, and optionally a second such sum: `torch_qgc.kernels.decode_sum` without torch.
+    """Add  sum_k c_k Q_k  to `out`: `torch_qgc.kernels.decode_sum` without torch.
 
     Args:
         payloads: K payloads of n coordinates, of any mix of bits; any contiguous buffers.
         coefficients: [K], rounded to float32.
         out: [n] float32, contiguous.
-        second_coefficients, second_out: both or neither, like the first.
         accumulate: add to what `out` holds; else overwrite it.
         threads: how many may work.
     Raises:
         CodecError: sizes, lengths or dtypes that do not fit; nothing has been written then.
     """
-    if (second_coefficients is None) != (second_out is None):
-        raise CodecError("second track: expected coefficients and out, got one of them: give both or neither")
-    for name, track, weights in (("out", out, coefficients), ("second_out", second_out, second_coefficients)):
-        if track is not None and weights is not None:
-            _check_array(name, track, out.size)
-            if len(weights) != len(payloads):
-                raise CodecError(
-                    f"{name}: expected {len(payloads)} coefficients, one per payload, got {len(weights)}: "
-                    "drop or add coefficients"
-                )
+    _check_array("out", out, out.size)
+    check_coefficients(coefficients, payloads)
     for k, payload in enumerate(payloads):
         if payload.numel != out.size:
             raise CodecError(
@@ -116,7 +105,13 @@ def decode_sum(
             )
         check_size(memoryview(payload.buffer), payload.numel, payload.bits)
     if native.library() is None:
-        _decode_with_torch(payloads, coefficients, out, second_coefficients, second_out, accumulate)
+        import torch
+
+        from . import tensors
+        from .encoded import Encoded
+
+        encoded = [Encoded.from_buffer(*payload) for payload in payloads]
+        tensors.decode_sum(encoded, coefficients, torch.from_numpy(out), accumulate=accumulate)
         return
     # Arrays keep the memory in place until the sums are made.
     held = [np.frombuffer(memoryview(payload.buffer), dtype=np.uint8) for payload in payloads]
@@ -126,33 +121,8 @@ def decode_sum(
         coefficients,
         out.size,
         out.ctypes.data,
-        second_coefficients,
-        None if second_out is None else second_out.ctypes.data,
         accumulate,
         threads,
-    )
-
-
-def _decode_with_torch(
-    payloads: Sequence[Payload],
-    coefficients: Sequence[float],
-    out: Floats32,
-    second_coefficients: Sequence[float] | None,
-    second_out: Floats32 | None,
-    accumulate: bool,
-) -> None:
-    import torch
-
-    from . import tensors
-    from .encoded import Encoded
-
-    tensors.decode_sum(
-        [Encoded.from_buffer(*payload) for payload in payloads],
-        coefficients,
-        torch.from_numpy(out),
-        second_coefficients=second_coefficients,
-        second_out=None if second_out is None else torch.from_numpy(second_out),
-        accumulate=accumulate,
     )
 
 

@@ -82,7 +82,7 @@ template <class Work> void parallel(int64_t blocks, int threads, Work work) {
 
 // ------------------------------------------------------------------------------------------------------------ C ABI
 
-API int qgc_abi() { return 1; }
+API int qgc_abi() { return 2; }
 API int qgc_best_isa() { return best_isa(); }
 
 // Arguments have been checked by the caller, kernels/__init__.py; `isa` is at most qgc_best_isa().
@@ -103,10 +103,8 @@ API void qgc_encode(const void* values, int dtype, int64_t numel, int bits, int 
 }
 
 API void qgc_decode_sum(int payloads, const void* const* payload, const int* bits, const float* coefficients,
-                        const float* second_coefficients, int64_t numel, void* out, void* second_out, int accumulate,
-                        int threads, int isa) {
-  const DecodeJob job{payloads, (const char* const*)payload, bits, coefficients, second_coefficients,
-                      numel,    (char*)out,                  (char*)second_out,  accumulate != 0};
+                        int64_t numel, void* out, int accumulate, int threads, int isa) {
+  const DecodeJob job{payloads, (const char* const*)payload, bits, coefficients, numel, (char*)out, accumulate != 0};
   const int64_t blocks = (numel + kBlock - 1) / kBlock;
   parallel(blocks, threads, [&](int64_t, int64_t begin, int64_t end) { kDecode[isa](job, begin, end); });
 }

@@ -8,6 +8,8 @@ owns a column, and neither needs another one's data. Why it looks like this: doc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch_qgc.errors import CodecError
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "PASS_THROUGH",
     "ROWS",
     "check_bits",
+    "check_coefficients",
     "check_encoding",
     "check_size",
     "derive_key",
@@ -74,6 +77,14 @@ def check_size(view: memoryview, numel: int, bits: int) -> None:
             f"payload of {numel} coordinates at {bits} bits: expected {expected} contiguous bytes, "
             f"got {view.nbytes}{'' if view.c_contiguous else ' with gaps'}: sender and receiver must "
             "agree on layout and bits"
+        )
+
+
+def check_coefficients(coefficients: Sequence[float], payloads: Sequence[object]) -> None:
+    """Raise CodecError unless there is one coefficient per payload."""
+    if len(coefficients) != len(payloads):
+        raise CodecError(
+            f"coefficients: expected {len(payloads)}, one per payload, got {len(coefficients)}: drop or add some"
         )
 
 

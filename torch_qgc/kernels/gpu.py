@@ -17,7 +17,7 @@ __all__ = ["LAUNCH", "TILE", "decode_sum", "encode", "field_bits"]
 
 # A fused multiply-add rounds once where the definition rounds twice.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-TILE = 16  # blocks per program: two columns per thread; with four, both tracks no longer fit into the registers
+TILE = 16  # blocks per program: two columns per thread; with four, encoding and decoding 1 bit would spill registers
 
 
 def field_bits(bits: int) -> int:
@@ -60,62 +60,50 @@ def decode_sum(
     payloads: Sequence[Encoded],
     coefficients: Sequence[float],
     out: torch.Tensor,
-    second_coefficients: Sequence[float] | None,
-    second_out: torch.Tensor | None,
     accumulate: bool,
 ) -> None:
     """See reference.decode_sum. Runs of payloads whose codes have fields of one width share a launch."""
-    two = second_out is not None and second_coefficients is not None
-    targets = [out, second_out] if second_out is not None else [out]
     if not accumulate:
-        for target in targets:
-            target.zero_()
-    seconds = second_coefficients if second_coefficients is not None else [0.0] * len(payloads)
-    terms = list(zip(payloads, zip(coefficients, seconds)))
-    for width, run in itertools.groupby(terms, lambda term: _field(term[0])):
-        group = list(run)
+        out.zero_()
+    for width, run in itertools.groupby(zip(payloads, coefficients), lambda term: _field(term[0])):
+        members, factors = zip(*run)
         if width == PASS_THROUGH:
-            members, factors = [p for p, _ in group], list(zip(*(c for _, c in group)))
-            reference.decode_sum(members, factors[0], out, factors[1] if two else None, second_out, True)
+            reference.decode_sum(members, factors, out, True)
         else:
-            _decode_run(group, width, targets)
+            _decode_run(members, factors, out, width)
 
 
 def _field(payload: Encoded) -> int:
     return PASS_THROUGH if payload.bits == PASS_THROUGH else field_bits(payload.bits)
 
 
-def _decode_run(group: list[tuple[Encoded, tuple[float, float]]], width: int, targets: list[torch.Tensor]) -> None:
-    device, numel = targets[0].device, targets[0].numel()
-    whole, rest = divmod(numel, BLOCK)
-    bits = torch.tensor([p.bits for p, _ in group], dtype=torch.int32, device=device)
-    factors = torch.tensor([c for _, c in group], dtype=torch.float32, device=device)
+def _decode_run(payloads: Sequence[Encoded], coefficients: Sequence[float], out: torch.Tensor, width: int) -> None:
+    whole, rest = divmod(out.numel(), BLOCK)
+    bits = torch.tensor([p.bits for p in payloads], dtype=torch.int32, device=out.device)
+    factors = torch.tensor(coefficients, dtype=torch.float32, device=out.device)
 
-    def launch(outs: list[torch.Tensor], begin: int, blocks: int) -> None:
+    def launch(sums: torch.Tensor, begin: int, blocks: int) -> None:
         places = [
             [p.buffer.data_ptr() + 4 * begin, p.buffer.data_ptr() + 4 * (p.blocks + 16 * p.bits * begin)]
-            for p, _ in group
+            for p in payloads
         ]
         decode_kernel[(triton.cdiv(blocks, TILE),)](
-            torch.tensor(places, dtype=torch.int64, device=device),
+            torch.tensor(places, dtype=torch.int64, device=out.device),
             bits,
             factors,
-            outs[0],
-            outs[-1],
-            len(group),
+            sums,
+            len(payloads),
             blocks,
             F=width,
-            TWO=len(outs) == 2,
             ALIGNED=all(planes % 16 == 0 for _, planes in places),
             TILE=TILE,
             **LAUNCH,
         )
 
     if whole:
-        launch(targets, 0, whole)
+        launch(out, 0, whole)
     if rest:
-        tails = [target[whole * BLOCK :] for target in targets]
-        padded = [torch.nn.functional.pad(tail, (0, BLOCK - rest)) for tail in tails]
+        tail = out[whole * BLOCK :]
+        padded = torch.nn.functional.pad(tail, (0, BLOCK - rest))
         launch(padded, whole, 1)
-        for tail, result in zip(tails, padded):
-            tail.copy_(result[:rest])
+        tail.copy_(padded[:rest])

@@ -166,28 +166,23 @@ def decode_kernel(
     bits,
     coefficients,
     out,
-    second_out,
     payloads,
     blocks,
     F: tl.constexpr,
-    TWO: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Add `payloads` payloads to TILE whole blocks per program, in order, without leaving the registers.
 
-    addresses: int64 [K, 2] of scales and planes; bits: int32 [K]; coefficients: fp32 [K, 2].
+    addresses: int64 [K, 2] of scales and planes; bits: int32 [K]; coefficients: fp32 [K].
     """
     block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.arange(0, 16)[None, :]
     inside = block < blocks
-    first = ()
-    second = ()
+    sums = ()
     for r in tl.static_range(32):
         at = block * 512 + r * 16 + column
-        first = first + (tl.load(out + at, mask=inside, other=0.0),)
-        if TWO:
-            second = second + (tl.load(second_out + at, mask=inside, other=0.0),)
+        sums = sums + (tl.load(out + at, mask=inside, other=0.0),)
     for p in range(payloads):
         b = tl.load(bits + p)
         scales = tl.load(addresses + 2 * p).to(tl.pointer_type(tl.float32))
@@ -201,20 +196,11 @@ def decode_kernel(
         words = _transpose(words, F)
         levels = tl.maximum((1 << (b - 1)) - 1, 1).to(tl.float32)
         scale = tl.load(scales + block, mask=inside, other=0.0)
-        unit = tl.div_rn(scale, tl.zeros_like(scale) + levels)
-        step = tl.load(coefficients + 2 * p) * unit
+        step = tl.load(coefficients + p) * tl.div_rn(scale, tl.zeros_like(scale) + levels)
         added = ()
         for r in tl.static_range(32):
-            added = added + (first[r] + _code(words, r, F) * step,)
-        first = added
-        if TWO:
-            second_step = tl.load(coefficients + 2 * p + 1) * unit
-            added = ()
-            for r in tl.static_range(32):
-                added = added + (second[r] + _code(words, r, F) * second_step,)
-            second = added
+            added = added + (sums[r] + _code(words, r, F) * step,)
+        sums = added
     for r in tl.static_range(32):
         at = block * 512 + r * 16 + column
-        tl.store(out + at, first[r], mask=inside)
-        if TWO:
-            tl.store(second_out + at, second[r], mask=inside)
+        tl.store(out + at, sums[r], mask=inside)

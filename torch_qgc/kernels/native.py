@@ -15,7 +15,7 @@ __all__ = ["INSTRUCTION_SETS", "decode_sum", "encode", "instruction_set", "libra
 
 INSTRUCTION_SETS = ("baseline", "x86-64-v3", "x86-64-v4")
 _PATH = Path(__file__).with_name("_codec.so")
-_ABI = 1  # of codec.cpp; a library built from other sources must not be called
+_ABI = 2  # of codec.cpp; a library built from other sources must not be called
 
 _int, _i64, _u32, _u64, _ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     codec = ctypes.CDLL(str(_PATH))
     codec.qgc_encode.argtypes = [_ptr, _int, _i64, _int, _int, _u32, _u32, _u64, _ptr, _ptr, _int, _int]
     codec.qgc_encode.restype = None
-    codec.qgc_decode_sum.argtypes = [_int, _ptr, _ptr, _ptr, _ptr, _i64, _ptr, _ptr, _int, _int, _int]
+    codec.qgc_decode_sum.argtypes = [_int, _ptr, _ptr, _ptr, _i64, _ptr, _int, _int, _int]
     codec.qgc_decode_sum.restype = None
     return codec
 
@@ -94,8 +94,6 @@ def decode_sum(
     coefficients: Sequence[float],
     numel: int,
     out: int,
-    second_coefficients: Sequence[float] | None,
-    second_out: int | None,
     accumulate: bool,
     threads: int,
     isa: int | None = None,
@@ -104,16 +102,13 @@ def decode_sum(
     codec = library()
     assert codec is not None
     count = len(payloads)
-    floats = ctypes.c_float * count
     codec.qgc_decode_sum(
         count,
         (_ptr * count)(*payloads),
         (_int * count)(*bits),
-        floats(*coefficients),
-        None if second_coefficients is None else floats(*second_coefficients),
+        (ctypes.c_float * count)(*coefficients),
         numel,
         out,
-        second_out,
         accumulate,
         threads,
         _best() if isa is None else isa,

@@ -33,8 +33,6 @@ class Backend(Protocol):
         payloads: Sequence[Encoded],
         coefficients: Sequence[float],
         out: torch.Tensor,
-        second_coefficients: Sequence[float] | None,
-        second_out: torch.Tensor | None,
         accumulate: bool,
     ) -> None: ...
 
@@ -67,8 +65,6 @@ class Native:
         payloads: Sequence[Encoded],
         coefficients: Sequence[float],
         out: torch.Tensor,
-        second_coefficients: Sequence[float] | None,
-        second_out: torch.Tensor | None,
         accumulate: bool,
     ) -> None:
         """See reference.decode_sum."""
@@ -78,8 +74,6 @@ class Native:
             coefficients,
             out.numel(),
             out.data_ptr(),
-            second_coefficients,
-            None if second_out is None else second_out.data_ptr(),
             accumulate,
             torch.get_num_threads(),
             self._isa,
@@ -154,12 +148,10 @@ def _decode_sum(
     bits: list[int],
     coefficients: list[float],
     out: torch.Tensor,
-    second_coefficients: list[float] | None,
-    second_out: torch.Tensor | None,
     accumulate: bool,
 ) -> None:
     encoded = [Encoded(buffer, out.numel(), b) for buffer, b in zip(payloads, bits)]
-    backend(out.device).decode_sum(encoded, coefficients, out, second_coefficients, second_out, accumulate)
+    backend(out.device).decode_sum(encoded, coefficients, out, accumulate)
 
 
 torch.library.define(
@@ -168,8 +160,7 @@ torch.library.define(
 )
 torch.library.define(
     "torch_qgc::decode_sum",
-    "(Tensor[] payloads, int[] bits, float[] coefficients, Tensor(a!) out, float[]? second_coefficients, "
-    "Tensor(b!)? second_out, bool accumulate) -> ()",
+    "(Tensor[] payloads, int[] bits, float[] coefficients, Tensor(a!) out, bool accumulate) -> ()",
 )
 torch.library.impl("torch_qgc::encode", "default", _encode)
 torch.library.impl("torch_qgc::decode_sum", "default", _decode_sum)

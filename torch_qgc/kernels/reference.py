@@ -53,42 +53,35 @@ def decode_sum(
     payloads: Sequence[Encoded],
     coefficients: Sequence[float],
     out: torch.Tensor,
-    second_coefficients: Sequence[float] | None,
-    second_out: torch.Tensor | None,
     accumulate: bool,
 ) -> None:
-    """Add  sum_k c_k Q_k  to `out`, and with the second coefficients to `second_out`, in payload order.
+    """Add  sum_k c_k Q_k  to `out`, in payload order.
 
     Each term is  float32(code) * (c * (scale / L)), one rounding per operation, so that every machine gets
     the same bits.
 
     Args:
         payloads: K encoded slices of n coordinates each.
-        coefficients, second_coefficients: [K], rounded to fp32.
-        out, second_out: fp32 [n]; overwritten if not `accumulate`.
+        coefficients: [K], rounded to fp32.
+        out: fp32 [n]; overwritten if not `accumulate`.
     """
-    tracks = [(out, coefficients)]
-    if second_coefficients is not None and second_out is not None:
-        tracks.append((second_out, second_coefficients))
     if not accumulate:
-        for target, _ in tracks:
-            target.zero_()
-    for k, payload in enumerate(payloads):
-        for target, factors in tracks:
-            factor = torch.tensor(factors[k], dtype=torch.float32, device=out.device)
-            if payload.bits == PASS_THROUGH:
-                target += factor * payload.planes
-                continue
-            # a tensor: CUDA divides by a plain number by multiplying with its reciprocal
-            levels = torch.tensor(float(step_levels(payload.bits)), device=out.device)
-            step = (factor * (payload.scales / levels)).view(-1, 1, 1)
-            for begin in range(0, payload.blocks, _SLICE):
-                codes = _unpack(payload.planes[begin : begin + _SLICE])
-                if payload.bits == 1:
-                    codes = 2 * codes + 1
-                terms = (codes.float() * step[begin : begin + _SLICE]).view(-1)
-                part = target[begin * BLOCK : (begin + _SLICE) * BLOCK]
-                part += terms[: len(part)]
+        out.zero_()
+    for payload, c in zip(payloads, coefficients):
+        factor = torch.tensor(c, dtype=torch.float32, device=out.device)
+        if payload.bits == PASS_THROUGH:
+            out += factor * payload.planes
+            continue
+        # a tensor: CUDA divides by a plain number by multiplying with its reciprocal
+        levels = torch.tensor(float(step_levels(payload.bits)), device=out.device)
+        step = (factor * (payload.scales / levels)).view(-1, 1, 1)
+        for begin in range(0, payload.blocks, _SLICE):
+            codes = _unpack(payload.planes[begin : begin + _SLICE])
+            if payload.bits == 1:
+                codes = 2 * codes + 1
+            terms = (codes.float() * step[begin : begin + _SLICE]).view(-1)
+            part = out[begin * BLOCK : (begin + _SLICE) * BLOCK]
+            part += terms[: len(part)]
 
 
 def dither(key: tuple[int, int], first_block: int, blocks: int, device: torch.device | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch_qgc.errors import CodecError
 
 from . import ops
 from .encoded import Encoded
-from .format import BLOCK, check_encoding, payload_bytes
+from .format import BLOCK, check_coefficients, check_encoding, payload_bytes
 
 __all__ = ["decode_sum", "encode", "report"]
 
@@ -54,11 +54,9 @@ def decode_sum(
     coefficients: Sequence[float],
     out: torch.Tensor,
     *,
-    second_coefficients: Sequence[float] | None = None,
-    second_out: torch.Tensor | None = None,
     accumulate: bool = True,
 ) -> None:
-    """Add  sum_k c_k Q_k  to `out`, and optionally a second such sum to `second_out`, in one pass.
+    """Add  sum_k c_k Q_k  to `out`.
 
     Each term is  float32(code) * (c * (scale / L)), one rounding per operation, added in payload order: every
     machine gets the same bits.
@@ -67,24 +65,18 @@ def decode_sum(
         payloads: K encoded slices of n coordinates, of any mix of bits.
         coefficients: [K], rounded to fp32.
         out: fp32 [n], contiguous.
-        second_coefficients, second_out: both or neither, like the first.
         accumulate: add to what `out` holds; else overwrite it.
     Raises:
         CodecError: lengths, dtype, strides or devices that do not fit; nothing has been written then.
     """
-    _check_track("out", out, coefficients, payloads)
-    if second_out is not None and second_coefficients is not None:
-        _check_track("second_out", second_out, second_coefficients, payloads)
-    elif second_out is not None or second_coefficients is not None:
-        raise CodecError("second track: expected coefficients and out, got one of them: give both or neither")
+    _check_out(out)
+    check_coefficients(coefficients, payloads)
     _check_payloads(payloads, out)
     torch.ops.torch_qgc.decode_sum(
         [payload.buffer for payload in payloads],
         [payload.bits for payload in payloads],
         coefficients,
         out,
-        second_coefficients,
-        second_out,
         accumulate,
     )
 
@@ -94,16 +86,11 @@ def report() -> dict[str, str]:
     return ops.describe()
 
 
-def _check_track(name: str, out: torch.Tensor, coefficients: Sequence[float], payloads: Sequence[Encoded]) -> None:
+def _check_out(out: torch.Tensor) -> None:
     if out.dtype != torch.float32 or out.dim() != 1 or not out.is_contiguous():
         raise CodecError(
-            f"{name}: expected contiguous float32 of one dimension, got {out.dtype} {list(out.shape)} with "
+            f"out: expected contiguous float32 of one dimension, got {out.dtype} {list(out.shape)} with "
             f"strides {list(out.stride())}: decode into a fresh tensor and copy"
-        )
-    if len(coefficients) != len(payloads):
-        raise CodecError(
-            f"{name}: expected {len(payloads)} coefficients, one per payload, got {len(coefficients)}: "
-            "drop or add coefficients"
         )
 
 
