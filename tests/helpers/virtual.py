@@ -55,7 +55,7 @@ class Script:
         self._back.release()
 
     def runnable(self) -> bool:
-        return not self.done and (self.world.now() >= self.until_s or bool(self.condition()))
+        return not self.done and (bool(self.condition()) or self.world.net.now() >= self.until_s)
 
     def resume(self) -> None:
         """Let it run until it waits or ends."""
