@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import simulated
-from helpers.ranks import run_ranks
+from helpers.ranks import PATIENCE_S, run_ranks
 from helpers.simulation import decoded_gradients
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
@@ -148,7 +148,7 @@ def real_job(rank: int, late: Any, recording: str) -> tuple[np.ndarray, list[flo
         for batch in loader:
             loss = loss_of(ddp, batch)
             if waits[state.step, rank]:
-                assert state.replica.joined()[0].wait_closed(state.step, 240.0)
+                assert state.replica.joined()[0].wait_closed(state.step, PATIENCE_S)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zmq
+from helpers.ranks import PATIENCE_S
 from helpers.simulated import make_spec, push_all, simple_plan, take
 
 from torch_qgc.aggregator.aggregator import Aggregator
@@ -22,8 +23,6 @@ from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.session import Session
 from torch_qgc.worker.sockets import SocketCarrier
-
-PATIENCE_S = 240.0  # for what must happen, however busy the machine is; pytest's own timeout is the net
 
 
 class Served:
