@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_qgc.kernels import decode_sum, derive_key, encode, native, ops, payload_bytes, reference, report
@@ -32,18 +33,26 @@ def test_fake_tensors_know_the_payloads_size() -> None:
     assert encoded.planes.shape == (3, 5, 16)
 
 
-@pytest.mark.slow
-def test_a_compiled_function_sees_the_same_bits_without_graph_breaks() -> None:
+def compiled_and_plain(rank: int) -> list[bool]:
+    """Compare a compiled function with the same one as it is, at two sizes."""
+
     def step(values: torch.Tensor) -> torch.Tensor:
         encoded = encode(2 * values, 4, key=KEY)
         out = torch.zeros_like(values)
         decode_sum([encoded], [0.5], out)
         return out + 1
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled, equal = torch.compile(step, fullgraph=True), []
     for numel in (700, 1300):
         values = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(compiled(values), step(values))
+        equal.append(torch.equal(compiled(values), step(values)))
+    return equal
+
+
+@pytest.mark.slow
+def test_a_compiled_function_sees_the_same_bits_without_graph_breaks() -> None:
+    # In a process of its own: what the compiler starts must not be forked into other tests' ranks.
+    assert run_ranks(compiled_and_plain, ranks=1) == [[True, True]]
 
 
 def test_the_report_names_the_kernels_that_run() -> None:

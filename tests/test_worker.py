@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import zmq
+from helpers.ranks import PATIENCE_S
 from helpers.simulated import make_spec, push_all, simple_plan, take
 
 from torch_qgc.aggregator.aggregator import Aggregator
@@ -28,9 +28,9 @@ from torch_qgc.worker.sockets import SocketCarrier
 class Served:
     """S aggregators in threads of this process."""
 
-    def __init__(self, count: int = 1, *, max_message_bytes: int = 64 << 20) -> None:
+    def __init__(self, count: int = 1, *, max_message_bytes: int = 64 << 20, ping_interval_s: float = 0.05) -> None:
         self.servers = [ZmqServer("tcp://127.0.0.1:*", max_message_bytes=max_message_bytes) for _ in range(count)]
-        self.aggregators = [Aggregator(index, count, ping_interval_s=0.05) for index in range(count)]
+        self.aggregators = [Aggregator(index, count, ping_interval_s=ping_interval_s) for index in range(count)]
         self.endpoints = [server.endpoint for server in self.servers]
         self._stop = False
         self._threads = [threading.Thread(target=self._run, args=pair) for pair in zip(self.aggregators, self.servers)]
@@ -63,7 +63,7 @@ def job(
     members = [connect(served.endpoints, made, k, plan.to_json(), inbox_bytes=inbox_bytes) for k in range(workers)]
     try:
         for member in members:
-            member.join(20.0)
+            member.join(PATIENCE_S)
         yield served, members, plan
     finally:
         for member in members:
@@ -97,7 +97,8 @@ def test_a_late_worker_finds_missed_results_in_its_inbox_or_asks_again() -> None
             fast.begin(step)
             push_all(fast, plan, step, g[0])
             expected.append(take(fast))
-        assert slow.closed(0)
+        assert slow.wait_closed(4, PATIENCE_S)
+        assert slow.session.inbox.held_bytes == 2 * 4096  # of steps 1 and 2; later ones were dropped
         for step in range(6):
             assert torch.equal(take(slow), expected[step])
         assert not slow.closed(6)
@@ -125,7 +126,7 @@ def test_a_refused_worker_says_why() -> None:
     with job(2) as (served, _, plan):
         stranger = connect(served.endpoints, make_spec(plan, layout_digest="another"), 1, plan.to_json())
         with pytest.raises(Refused, match="same model"):
-            stranger.join(20.0)
+            stranger.join(PATIENCE_S)
         stranger.close()
 
 
@@ -137,7 +138,7 @@ def test_a_silent_aggregator_is_noticed() -> None:
         endpoint = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
         worker = connect([endpoint], make_spec(plan), 0, plan.to_json(), silence_s=0.5)
         with pytest.raises(JobFailed, match="nothing heard from the aggregator"):
-            worker.join(20.0)
+            worker.join(PATIENCE_S)
         worker.close()
 
 
@@ -168,7 +169,7 @@ def test_garbage_on_the_port_does_not_disturb_the_job() -> None:
             dealer.send_multipart(message)
         answers = []
         while len(answers) < 4:
-            assert dealer.poll(10_000)
+            assert dealer.poll(int(1000 * PATIENCE_S))
             answers.append(messages.decode_from_aggregator(dealer.recv_multipart()[0]))
         assert [type(a).__name__ for a in answers] == ["Rejected", "Rejected", "Rejected", "Introduce"]
         assert all("another program" in a.text for a in answers[:3] if isinstance(a, messages.Rejected))
@@ -185,7 +186,7 @@ def test_an_oversized_message_is_cut_off_before_it_is_read() -> None:
     spec = make_spec(plan, deadline_s=None)
     workers = [connect(served.endpoints, spec, k, plan.to_json()) for k in range(2)]
     for worker in workers:
-        worker.join(20.0)
+        worker.join(PATIENCE_S)
     context, dealer = raw_dealer(served.endpoints[0])
     for _ in range(20):
         dealer.send(bytes(8 << 20))
@@ -204,32 +205,33 @@ def test_an_oversized_message_is_cut_off_before_it_is_read() -> None:
 
 
 def test_the_aggregator_process_ends_with_the_job_and_frees_its_port() -> None:
-    process = AggregatorProcess("127.0.0.1")
+    process = AggregatorProcess("127.0.0.31")  # where no other program picks its ports
     plan = simple_plan(1)
     worker = connect([process.endpoint], make_spec(plan, deadline_s=None), 0, plan.to_json())
-    worker.join(30.0)
+    worker.join(PATIENCE_S)
     worker.begin(0)
     push_all(worker, plan, 0, torch.ones(512))
     assert torch.allclose(take(worker), torch.ones(512))
     worker.close()
-    process.stop()
+    process.stop(PATIENCE_S)
     assert process.poll() == 0
     port = int(process.endpoint.rsplit(":", 1)[1])
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("127.0.0.1", port))
+        again.bind(("127.0.0.31", port))
 
 
 def test_the_aggregator_process_stops_and_tells_when_its_parent_lets_go() -> None:
-    process = AggregatorProcess("127.0.0.1")
+    process = AggregatorProcess("127.0.0.31")  # where no other program picks its ports
     plan = simple_plan(1)
     worker = connect([process.endpoint], make_spec(plan), 0, plan.to_json())
-    worker.join(30.0)
-    process.stop(timeout_s=0.0)  # closes its standard input, as the end of rank 0 would
-    assert process.poll() == 1
+    worker.join(PATIENCE_S)
+    process._process.stdin.close()  # as the end of rank 0 would
     with pytest.raises(JobFailed, match="rank 0"):
         list(worker.results())
     worker.close()
+    assert process._process.wait() == 1
+    process.stop()
 
 
 @pytest.mark.parametrize("bind", ["tcp://0.0.0.0:*", "tcp://192.0.2.7:5555", "ipc:///socket", "5555"])
@@ -248,4 +250,5 @@ def test_results_account_for_their_bytes() -> None:
         assert all(w.session.inbox.held_bytes == 0 for w in workers)
         payload = (1 << 16) * 2 / 8 + 4 * 128  # 2 bits per coordinate and a scale per block
         assert workers[0].session.bytes_received > 4 << 16
-        assert np.isclose(workers[1].session.bytes_sent, payload, rtol=0.1)
+        # A push's header, a Hello, a Begin and a Bye; a worker does not answer pings.
+        assert payload <= workers[1].session.bytes_sent <= 1.1 * payload

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
-from helpers.ranks import aggregators, run_ranks
+from helpers.ranks import PATIENCE_S, aggregators, run_ranks
 
 mse = torch.nn.functional.mse_loss
 RANKS, LATE = 3, 1
@@ -22,7 +21,7 @@ BATCH, STEPS = 4, 9
 LATE_AT = 4  # after the warm-up; it comes late to this step, and at least one more closes without it
 
 
-def run(function: Callable[..., Any], *args: Any, jobs: int = 1, timeout_s: float = 60.0) -> list[Any]:
+def run(function: Callable[..., Any], *args: Any, jobs: int = 1, timeout_s: float = PATIENCE_S) -> list[Any]:
     """Run function(rank, endpoint of each job's aggregator, *args) on every rank; return the values."""
     with aggregators(jobs) as endpoints:
         return run_ranks(function, *endpoints, *args, ranks=RANKS, timeout_s=timeout_s)
@@ -75,13 +74,11 @@ class Witness:
 
 
 def fall_behind(rank: int, *states: qgc.QGCState) -> None:
-    """On the late rank: sleep until the others have closed this step and the next without it."""
+    """On the late rank: wait until the others have closed this step and the next without it."""
     if rank != LATE or not states[0].replica.may_be_late or states[0].replica.in_step or states[0].step != LATE_AT:
         return
-    give_up = time.monotonic() + 20.0
     for state in states:
-        while not state.replica.joined()[0].closed(state.step + 1) and time.monotonic() < give_up:
-            time.sleep(0.02)
+        assert state.replica.joined()[0].wait_closed(state.step + 1, PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -99,6 +96,7 @@ def check_replicas(ranks: list[dict[str, Any]], *, steps: int = STEPS, changed: 
         assert {k: v for k, v in rank.items() if k != "report"} == {k: v for k, v in ranks[0].items() if k != "report"}
         assert set(rank["digests"]) == set(range(steps + 1))
         assert not rank["report"].rejections
+        # How many of each, beyond the late rank's: a busy machine decides.
+        assert rank["report"].computed_steps + rank["report"].replayed_steps == steps
     assert not changed or len(set(ranks[0]["digests"].values())) == steps + 1
     assert ranks[LATE]["report"].replayed_steps >= 1
-    assert ranks[0]["report"].computed_steps >= steps - 4

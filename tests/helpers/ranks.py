@@ -23,6 +23,7 @@ from torch_qgc.aggregator.process import serve
 from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
 
 CONTEXT = multiprocessing.get_context("fork")
+PATIENCE_S = 240.0  # for what must happen, however busy the machine is; below pytest's own timeout, to say who hung
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Outcome:
 
 
 def run_ranks(
-    function: Callable[..., Any], *args: Any, ranks: int = 4, timeout_s: float = 120.0, check: bool = True
+    function: Callable[..., Any], *args: Any, ranks: int = 4, timeout_s: float = PATIENCE_S, check: bool = True
 ) -> list[Any]:
     """Run function(rank, *args) on every rank; return the values, or the outcomes if check is False."""
     with tempfile.TemporaryDirectory() as folder:

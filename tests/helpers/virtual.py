@@ -35,7 +35,10 @@ class Script:
         self.done = False
         self.error: BaseException | None = None
         self.over = False
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        # Locks that one thread releases and another acquires: a fraction of what semaphores cost.
+        self._go, self._back = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._back.acquire()
         self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
         self._thread.start()
 
@@ -52,7 +55,7 @@ class Script:
         self._back.release()
 
     def runnable(self) -> bool:
-        return not self.done and (self.world.now() >= self.until_s or bool(self.condition()))
+        return not self.done and (bool(self.condition()) or self.world.net.now() >= self.until_s)
 
     def resume(self) -> None:
         """Let it run until it waits or ends."""

@@ -141,7 +141,8 @@ class QGCState:
             spec.validate(self.plan)
         endpoints, children = start_aggregators(group, aggregators, network)
         # Whatever is finalized at the interpreter's exit goes in reverse order: first the replica leaves the job.
-        self._stop_children = weakref.finalize(self, _stop, children)
+        sessions: list[Session] = []  # this worker's, once it has asked to come in
+        self._stop_children = weakref.finalize(self, _stop, children, sessions)
 
         def connect(spec: JobSpec, plan: Plan, first_step: int, trace: Trace) -> Connection:
             session = Session(
@@ -154,6 +155,7 @@ class QGCState:
                 silence_s=limits.silence_s,
                 trace=trace,
             )
+            sessions.append(session)
             return Connection(session, SocketCarrier(session))
 
         self.replica = Replica(
@@ -431,9 +433,11 @@ def _no_state() -> None:
     return None
 
 
-def _stop(children: list[Any]) -> None:
+def _stop(children: list[Any], sessions: list[Session]) -> None:
+    """Let the aggregators come to the end of the job; one that this worker never was in they would wait for in vain."""
+    joined = any(session.welcomed for session in sessions)
     for child in children:
-        child.stop(timeout_s=30.0)
+        child.stop(timeout_s=120.0 if joined else 0.0)
 
 
 def attach(model: torch.nn.parallel.DistributedDataParallel, **options: Any) -> QGCState:
