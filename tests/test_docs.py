@@ -55,6 +55,7 @@ def names(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     names["loss_function"] = torch.nn.functional.cross_entropy
     if not uses(page, "QGCState"):
         names["state"] = qgc.QGCState(model)
+        model.register_comm_hook(names["state"], qgc.qgc_hook)
         names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
         names["scheduler"] = torch.optim.lr_scheduler.StepLR(names["optimizer"], 10)
     yield names
