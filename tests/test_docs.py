@@ -24,6 +24,7 @@ import torch_qgc as qgc
 from torch_qgc.protocol import contract, messages
 
 ROOT = Path(__file__).parent.parent
+ROOMS_OF_EVENTS = ("worker", "aggregator", "job")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -54,6 +55,7 @@ def names(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     names["loss_function"] = torch.nn.functional.cross_entropy
     if not uses(page, "QGCState"):
         names["state"] = qgc.QGCState(model)
+        model.register_comm_hook(names["state"], qgc.qgc_hook)
         names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
         names["scheduler"] = torch.optim.lr_scheduler.StepLR(names["optimizer"], 10)
     yield names
@@ -128,6 +130,22 @@ def test_the_wire_page_names_every_message_and_field() -> None:
         assert f"`{field}`" in page
     assert f"or {messages.ABSENT} if the worker was not in" in page
     assert f"Protocol version {messages.PROTOCOL_VERSION}" in page
+
+
+def test_the_runtime_page_lists_every_event_of_a_trace() -> None:
+    source = {
+        room: "".join(f.read_text() for f in (ROOT / "torch_qgc" / room).glob("*.py")) for room in ROOMS_OF_EVENTS
+    }
+    made = {
+        room: set(re.findall(r'(?:spans(?:\.mark)?\(|Event\([^,]+, )"(\w+)"', code)) for room, code in source.items()
+    }
+    made["job"] |= {"left", "lost"}  # handed to Rounds.leave
+    page = (ROOT / "docs" / "runtime.md").read_text()
+    rows = re.findall(r"^\| (`.*`) \| (worker|aggregator) \|", page, flags=re.MULTILINE)
+    listed: dict[str, set[str]] = {"worker": set(), "aggregator": set()}
+    for names, end in rows:
+        listed[end] |= set(re.findall(r"`(\w+)`", names))
+    assert listed == {"worker": made["worker"], "aggregator": made["aggregator"] | made["job"]}
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:
