@@ -190,7 +190,7 @@ class Replica:
         if not self.in_step or self._backward_running:
             return
         self._advice.before_backward()
-        self.joined()[1].flat.remember()
+        self.joined()[1].backward_begins()
         if self._synced:
             self._backward_running = True
             before = self._gradients()
