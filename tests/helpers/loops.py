@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import multiprocessing
 import time
 import traceback
 import warnings
@@ -251,6 +252,7 @@ def play(rank: int, endpoints: list[str], name: str, case: Case) -> dict[str, An
 def play_all(rank: int, endpoints: tuple[str, ...], cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
     """Run loops one after the other, all ranks together."""
     free, played = list(endpoints), {}
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # loaders have children
     for name, case in cases.items():
         taken, free = free[: case.models], free[case.models :]
         torch.manual_seed(rank)

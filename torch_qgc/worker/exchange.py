@@ -48,9 +48,9 @@ class Exchange:
 
     def begin(self, *, thin: bool) -> None:
         """Begin a step; of a thin one nothing is encoded or sent."""
-        self.reset()
         self._thin = thin
-        self.flat.remember()
+        if not self._backward_begun:
+            self.flat.remember()
 
     def backward_begins(self) -> None:
         """Look at what is in `.grad` before a backward pass of the step.
@@ -65,7 +65,7 @@ class Exchange:
         self._backward_begun = True
 
     def reset(self) -> None:
-        """Forget what was gathered of a step."""
+        """Expect the next step's gradient."""
         self._pending.clear()
         self.flat.reset()
         self._backward_begun = False
