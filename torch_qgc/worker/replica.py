@@ -438,6 +438,9 @@ class Replica:
     def close(self) -> None:
         """Leave the job: compare replicas a last time, then say goodbye; twice does no harm.
 
+        Compared is what they were at the end of the last loop, if no step was made since: what is done to the model
+        after that (the best checkpoint, an average, on rank 0 alone) is the user's own business.
+
         Raises:
             JobFailed: they differ, or another rank goes on with steps that this one does not make.
         """
@@ -447,7 +450,8 @@ class Replica:
         try:
             # Not where an error is on its way already, and not in the middle of a step.
             if connection is not None and sys.exc_info()[0] is None and not self.in_step and self.spec.verify_every:
-                connection.say_goodbye(self.step, self.statement.parts(), self.spec.join_timeout_s)
+                self.state_now()
+                connection.say_goodbye(self.step, self.spec.join_timeout_s)
         finally:
             self.position.go("leave")
             if self._closer is not None:
