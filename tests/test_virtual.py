@@ -341,6 +341,10 @@ def test_a_worker_that_leaves_before_the_others_ends_the_job_by_name(ahead: bool
     match = Match(job_spec(deadline_s=1.0), latency_s=0.1)
     told: list[str] = []
 
+    def go_on(member: Member) -> None:
+        while True:
+            match.compute(member, 0.1 if ahead else 2.0)
+
     def work(member: Member) -> None:
         match.compute(member, 0.1)
         if member.worker == 2:
@@ -348,8 +352,7 @@ def test_a_worker_that_leaves_before_the_others_ends_the_job_by_name(ahead: bool
             member.connection.close()
             return
         with pytest.raises(JobFailed, match=r"worker 2 has left its loop at step 1, but .* step \d") as error:
-            while True:
-                match.compute(member, 0.1 if ahead else 2.0)
+            go_on(member)
         told.append(str(error.value))
 
     for member in match.members:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,31 +40,16 @@ class Thinner:
             raise ConfigError(f"thin: expected at least 1 sample, got {count}")
         self.replica, self.count = replica, count
         self._cut = cut if cut is not None else lambda batch, n: first_samples(batch, n, batch_size)
-        self._thread: int | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        """Begin a loop."""
-        self.owed = 0  # batches that made no step
-        self._first_step = self.replica.step
-        self._step: int | None = None  # at which the newest batch was handed out
-
-    @property
-    def made_steps(self) -> bool:
-        """The loop has made a step."""
-        return self.replica.step > self._first_step
+        self._handed_out_at: int | None = None  # the step at which the newest batch was handed out
+        self._begin()
 
     def closed_without_us(self) -> bool:
         """Tell whether the batch that is handed out next is for a step that has closed without this worker."""
         replica = self.replica
-        if self._step is not None and self._thread == threading.get_ident():
-            if replica.abandoned:
-                replica.abandon()
-                self.owed += 1
-            elif self._step == replica.step and not replica.in_step:
-                replica.decide_again()
-                self.owed += 1
-        self._step, self._thread = replica.step, threading.get_ident()
+        if replica.in_training_thread and self._handed_out_at == replica.step and not replica.in_step:
+            replica.decide_again()
+            self._unused += 1
+        self._handed_out_at = replica.step
         return replica.missed()
 
     def __call__(self, batch: Any) -> Any:
@@ -75,6 +59,54 @@ class Thinner:
     def thin(self, batch: Any) -> Any:
         """Return a thin batch."""
         return self._cut(batch, self.count)
+
+    def loop(self, batches: Iterator[Any], another: Callable[[], Any]) -> Iterator[Any]:
+        """Hand out a loop's batches, and more of them for steps that this worker alone has not made.
+
+        Args:
+            batches: of the loop, thin where they have to be.
+            another: returns one more.
+        """
+        self._begin()
+        told = False
+        try:
+            yield from batches
+            owed = self.owed
+            if owed and self._made_steps:
+                told = True
+                end = self.replica.step + self.replica.loop_ended(owed=owed)
+                yield from self._make_up(end, another)
+        finally:
+            if self._made_steps and not told:
+                with contextlib.suppress(Exception):  # an iterator may be closed at any time; the next step raises it
+                    self.replica.loop_ended(owed=0)
+
+    @property
+    def owed(self) -> int:
+        """Batches of the loop that made no step, as far as this worker can tell.
+
+        One too many does no harm: where all ranks have made as many steps, nobody makes up for anything.
+        """
+        replica = self.replica
+        newest = self._handed_out_at == replica.step and (not replica.in_step or replica.awaits_backward)
+        return self._unused + replica.abandoned_steps - self._abandoned_before + newest
+
+    def _begin(self) -> None:
+        self._first_step = self.replica.step
+        self._abandoned_before = self.replica.abandoned_steps
+        self._unused = 0  # batches that no forward pass has seen
+        self._handed_out_at = None
+
+    @property
+    def _made_steps(self) -> bool:
+        return self.replica.step > self._first_step
+
+    def _make_up(self, end: int, another: Callable[[], Any]) -> Iterator[Any]:
+        step = -1
+        while step < self.replica.step < end:  # until one makes no step again
+            step = self.replica.step
+            yield self.thin(another()) if self.replica.missed() else another()
+        self.replica.state_now()
 
 
 class FollowedLoader:
@@ -91,17 +123,14 @@ class FollowedLoader:
         self._source, self._thinner = source, thinner
 
     def __iter__(self) -> Iterator[Any]:
-        thinner = self._thinner
-        thinner.begin()
-        batch, handed = None, False
-        try:
+        newest: list[Any] = []
+
+        def batches() -> Iterator[Any]:
             for batch in self._source:
-                yield thinner(batch)
-                handed = True
-            if handed:
-                yield from _make_up(thinner, lambda: batch)
-        finally:
-            _end(thinner)
+                newest[:] = [batch]
+                yield self._thinner(batch)
+
+        return self._thinner.loop(batches(), lambda: newest[0])
 
     def __len__(self) -> int:
         return len(self._source)
@@ -140,7 +169,8 @@ class CodedLoader:
         self._handed = 0  # batches of the epoch that were handed out or left out
         self._resume_at = 0  # batches of the epoch that were handed out before a checkpoint
         self._per_step = 1  # batches that a step takes, as the newest full step has shown
-        self._leave_out = 0
+        self._leave_out = 0  # batches of replayed steps
+        self._keep = sampler.batch_size  # samples that are loaded of the next batch
 
     @property
     def dataset(self) -> Any:
@@ -158,17 +188,14 @@ class CodedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over an epoch; however it ends, the next iteration takes the next epoch's order."""
-        epoch, sampler, thinner = self.sampler.epoch, self.sampler, self._thinner
+        epoch, sampler = self.sampler.epoch, self.sampler
         self._handed, self._resume_at = self._resume_at, 0
         sampler.skip = self._handed
         if self._seed is not None and self._loader.generator is not None:
             self._loader.generator.manual_seed(self._seed + epoch)
-        thinner.begin()
         try:
-            yield from self._epoch()
-            yield from _make_up(thinner, self._extra)
+            yield from self._thinner.loop(self._epoch(), self._another)
         finally:
-            _end(thinner)
             if sampler.epoch == epoch:
                 sampler.set_epoch(epoch + 1)
                 self._handed = 0
@@ -189,21 +216,20 @@ class CodedLoader:
             self._handed += self._leave_out
             if self._handed >= len(self.sampler):
                 break
-            self._thin_now = self._thinner.closed_without_us()
+            thin = self._thinner.closed_without_us()
+            self._keep = self._thinner.count if thin else self.sampler.batch_size
             batch = next(batches)
             self._leave_out = 0
             self._handed += 1
             count += 1
-            yield self._thinner.thin(batch) if ahead and self._thin_now else batch
+            yield self._thinner.thin(batch) if ahead and thin else batch
 
     def _loaded(self, batch: list[int]) -> list[int] | None:
         """Tell the sampler what to load of the batch that is asked for now."""
         if self._leave_out:
             self._leave_out -= 1
             return None
-        return batch[: self._thinner.count] if self._thin_now else batch
-
-    _thin_now = False
+        return batch[: self._keep]
 
     def _replay(self) -> None:
         """Replay what has closed without this worker, if the user has said what the update is."""
@@ -215,7 +241,7 @@ class CodedLoader:
             replica.replay()
             self._leave_out = min(self._leave_out + self._per_step, len(self.sampler) - self._handed)
 
-    def _extra(self) -> Any:
+    def _another(self) -> Any:
         """Return one more batch, for a step that this worker has to make up for."""
         loader, indices = self._loader, self.sampler.draws()[: self.sampler.batch_size].tolist()
         collate = loader.collate_fn
@@ -240,43 +266,6 @@ class CodedLoader:
     @property
     def _samples_per_batch(self) -> int:
         return self._replica.spec.workers * self.sampler.batch_size
-
-
-def _make_up(thinner: Thinner, extra: Callable[[], Any]) -> Iterator[Any]:
-    """At the end of a loop, hand out batches for the steps that this worker alone has not made."""
-    replica = thinner.replica
-    thinner_owed = thinner.owed + _newest_made_none(thinner)
-    if not (thinner_owed and thinner.made_steps):
-        return
-    end = replica.step + replica.loop_ended(owed=thinner_owed)
-    thinner.owed = -1  # told
-    while replica.step < end:
-        before = replica.step
-        batch = extra()
-        yield thinner.thin(batch) if replica.missed() else batch
-        if replica.abandoned:
-            replica.abandon()
-        if replica.step == before:
-            replica.decide_again()
-            break  # no step again: it would go on for ever
-    replica.state_now()
-
-
-def _newest_made_none(thinner: Thinner) -> int:
-    """Return 1 if the loop's last batch made no step."""
-    replica = thinner.replica
-    if replica.abandoned:
-        replica.abandon()
-        return 1
-    return int(thinner._step == replica.step and not replica.in_step)
-
-
-def _end(thinner: Thinner) -> None:
-    """Tell the job that a loop has ended."""
-    if thinner.made_steps and thinner.owed >= 0:
-        with contextlib.suppress(Exception):  # an iterator may be closed at any time; the next step shows the error
-            thinner.replica.loop_ended(owed=0)
-    thinner.owed = 0
 
 
 def make_loader(

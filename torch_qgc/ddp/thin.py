@@ -22,39 +22,55 @@ def first_samples(batch: Any, count: int, batch_size: int | None = None) -> Any:
     Args:
         batch: what a loader hands out.
         count: samples to keep.
-        batch_size: samples in the batch; None: found by `batch_size_of`, and if the batch holds several sizes (of
-            zipped loaders), each tensor's first dimension.
+        batch_size: samples of a batch but for an epoch's last one, which may be smaller; None: not known. If the batch
+            holds several sizes then (of zipped loaders), each tensor is cut along its first dimension.
     """
-    size = batch_size if batch_size is not None else batch_size_of(batch)
-    return _cut(batch, count, size)
+    listed = _listed_samples(batch, batch_size)
+    return _cut(batch, count, batch_size_of(batch, batch_size), listed is not None)
 
 
-def batch_size_of(batch: Any) -> int | None:
-    """Return how many samples a batch has, None where that cannot be told: its tensors disagree, or there are none."""
-    lists = _lists_of_mappings(batch)
-    if len(lists) == 1:  # as detection models take them: a list of images, and a list with a mapping for each
-        return next(iter(lists))
+def batch_size_of(batch: Any, batch_size: int | None = None) -> int | None:
+    """Return how many samples a batch has, None where that cannot be told: its tensors disagree, or there are none.
+
+    Args:
+        batch: what a loader hands out.
+        batch_size: see `first_samples`.
+    """
+    listed = _listed_samples(batch, batch_size)
+    if listed is not None:
+        return listed
     sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
-    return next(iter(sizes)) if len(sizes) == 1 else None
+    return next(iter(sizes)) if len(sizes) == 1 else batch_size
 
 
-def _cut(part: Any, count: int, size: int | None) -> Any:
+def _cut(part: Any, count: int, size: int | None, listed: bool) -> Any:
     if isinstance(part, torch.Tensor):
         return part[:count] if part.ndim and size in (None, part.shape[0]) else part
     if isinstance(part, Mapping):
-        return _like(part, {key: _cut(value, count, size) for key, value in part.items()})
+        return _like(part, {key: _cut(value, count, size, listed) for key, value in part.items()})
     if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*(_cut(item, count, size) for item in part))
+        return type(part)(*(_cut(item, count, size, listed) for item in part))
     if isinstance(part, (list, tuple)):
-        if isinstance(part, list) and size is not None and len(part) == size and not _holds_batches(part, size):
+        if len(part) == size and not any(_is_batch(item, size, listed) for item in part):
             return part[:count]
-        if isinstance(part, tuple) and size is not None and len(part) == size > 2 and _lists_of_mappings([list(part)]):
-            return part[:count]
-        return type(part)(_cut(item, count, size) for item in part)
+        return type(part)(_cut(item, count, size, listed) for item in part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        values = {f.name: _cut(getattr(part, f.name), count, size) for f in dataclasses.fields(part) if f.init}
+        values = {f.name: _cut(getattr(part, f.name), count, size, listed) for f in dataclasses.fields(part) if f.init}
         return dataclasses.replace(part, **values)
     return part
+
+
+def _is_batch(item: Any, size: int, listed: bool) -> bool:
+    """Tell an item that is a batch itself (a view of an image, a list of texts) from one sample of several in a list.
+
+    Args:
+        listed: samples come in lists, so that a tensor is a sample, whatever its shape.
+    """
+    if isinstance(item, torch.Tensor):
+        return not listed and item.ndim > 0 and item.shape[0] == size
+    if isinstance(item, Mapping):
+        return not listed and any(_is_batch(value, size, listed) for value in item.values())
+    return isinstance(item, (list, tuple)) and len(item) == size
 
 
 def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
@@ -70,17 +86,24 @@ def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     return made
 
 
-def _holds_batches(items: list[Any], size: int) -> bool:
-    """Tell a list of tensors that are batches themselves (views of an image, say) from a list of samples."""
-    return any(isinstance(item, torch.Tensor) and item.ndim > 0 and item.shape[0] == size for item in items)
+def _listed_samples(batch: Any, batch_size: int | None) -> int | None:
+    """Return the number of samples of a batch that lists them, as detection models take it; None if it does not.
+
+    It is a list of images and a list with a mapping for each; or lists of equal length, as `zip(*samples)` makes them.
+    """
+    parts = batch if isinstance(batch, (list, tuple)) else ()
+    lists = [part for part in parts if isinstance(part, (list, tuple)) and part]
+    lengths = {len(part) for part in lists if all(isinstance(item, Mapping) for item in part)}
+    if len(lengths) != 1 and batch_size is not None and len(lists) == len(parts) > 1:
+        alike = {len(part) for part in lists}
+        lengths = {n for n in alike if n <= batch_size and len(alike) == 1 and not _are_batches(parts, batch_size)}
+    return next(iter(lengths)) if len(lengths) == 1 else None
 
 
-def _lists_of_mappings(batch: Any) -> set[int]:
-    """Return the lengths of the lists in a batch that hold a mapping for each sample."""
-    parts = batch if isinstance(batch, (list, tuple)) else []
-    return {
-        len(p) for p in parts if isinstance(p, (list, tuple)) and p and all(isinstance(item, Mapping) for item in p)
-    }
+def _are_batches(parts: Any, batch_size: int) -> bool:
+    """Tell lists of batches (labelled and unlabelled, say) from lists of samples: all tensors have the batch's size."""
+    sizes = {t.shape[0] if t.ndim else None for t in _tensors(parts)}
+    return sizes == {batch_size} and len(parts[0]) != batch_size
 
 
 def _tensors(part: Any) -> list[torch.Tensor]:

@@ -107,8 +107,8 @@ class Connection:
         with self._carrier.locked():
             return step in self._session.verify_steps
 
-    def say_goodbye(self, step: int, parts: dict[str, str], timeout_s: float) -> None:
-        """State what this replica is at the end, and wait until all are there and were compared, at most timeout_s.
+    def say_goodbye(self, step: int, timeout_s: float) -> None:
+        """Wait until all have left, and what was stated last was compared, at most timeout_s.
 
         Raises:
             JobFailed: replicas differ, or others make steps that this one does not.
@@ -116,7 +116,6 @@ class Connection:
         session = self._session
         with self._carrier.locked():
             self._check()
-            session.say(messages.Hash(step, parts), 0)
             session.leave()
             self._carrier.flush()
             self._carrier.wait_for(lambda: session.error or session.agreed_step >= step, timeout_s)

@@ -12,6 +12,7 @@ import atexit
 import os
 import statistics
 import sys
+import threading
 import time
 import traceback
 import weakref
@@ -94,6 +95,10 @@ class Replica:
         self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
         self._decided_step = -1  # the step for which that was decided
         self._synced = True  # DDP exchanges gradients in the backward pass of the newest forward pass
+        self._backward_since = False  # a backward pass has begun since the newest forward pass
+        self._batch_since = False  # a batch was asked for since the newest forward pass
+        self._thread = threading.get_ident()
+        self.abandoned_steps = 0  # that a forward pass had begun, and another one begins again
         self._backward_left_out = False  # a backward pass has ended, and the gradient is not complete
         self._backward_running = False
         self._closer: weakref.finalize[..., Any] | None = None
@@ -132,13 +137,18 @@ class Replica:
     # --- before a step ------------------------------------------------------------------------------------
 
     def missed(self) -> bool:
-        """Tell whether the next step closes without this worker; the same answer until that step has been made.
+        """Tell whether the step that a batch is asked for closes without this worker.
+
+        It is the next step, or the one after it if the batch is fetched between this one's forward and backward pass;
+        the answer stays the same until that step has been made.
 
         A worker whose late payloads would be dropped joins a step that is under way only if it can still make it.
         """
-        if self._decided_step != self.step:
-            self._has_thin_batch = self._closes_without_us()
-            self._decided_step = self.step
+        step = self.step + self.awaits_backward
+        self._batch_since |= self.in_training_thread
+        if self._decided_step != step:
+            self._has_thin_batch = self._closes_without_us(step)
+            self._decided_step = step
         return self._has_thin_batch
 
     def decide_again(self) -> None:
@@ -146,22 +156,35 @@ class Replica:
         if not self.in_step:
             self._decided_step = -1
 
-    def _closes_without_us(self) -> bool:
+    @property
+    def in_training_thread(self) -> bool:
+        """Whoever asks is the thread that makes the steps, none that fetches batches ahead."""
+        return self._thread == threading.get_ident()
+
+    @property
+    def awaits_backward(self) -> bool:
+        """A forward pass has begun a step, and the backward pass that exchanges its gradient has not begun."""
+        return self.position.phase in (Phase.BEGUN, Phase.THIN) and self._synced and not self._backward_since
+
+    def _closes_without_us(self, step: int) -> bool:
         if not self.may_be_late:
             return False
         connection, _ = self.joined()
-        if connection.closed(self.step):
+        if connection.closed(step):
             return True
         usual_s = statistics.median(self._own_times_s) if self._own_times_s else None
         patience_s = self.spec.rule.wait_before_joining_s(
-            self.step - self.spec.first_step, connection.elapsed_s(self.step), usual_s
+            step - self.spec.first_step, connection.elapsed_s(step), usual_s
         )
-        return patience_s > 0.0 and connection.wait_closed(self.step, patience_s)
+        return patience_s > 0.0 and connection.wait_closed(step, patience_s)
 
     # --- full and thin steps ------------------------------------------------------------------------------
 
     def begin(self, *, synced: bool = True) -> None:
         """Begin the step, unless that was done: a step may take several forward passes.
+
+        If a batch was asked for since the last forward pass, and no backward pass has followed that, its step was
+        abandoned, and is begun again: a loss that was NaN, an error that was caught.
 
         Args:
             synced: the backward pass will exchange gradients; False under no_sync().
@@ -169,7 +192,11 @@ class Replica:
             ConfigError: the last backward pass has left out parameters, or has failed half-way.
         """
         self._check_backward()
-        self._synced = synced
+        if self.awaits_backward and self._batch_since:
+            self.abandon()
+            self.abandoned_steps += 1
+        self._synced, self._backward_since, self._batch_since = synced, False, False
+        self._thread = threading.get_ident()
         if self.in_step:
             return
         connection, exchange = self.joined()
@@ -189,8 +216,9 @@ class Replica:
         """A backward pass through DDP's outputs begins. Called by autograd."""
         if not self.in_step or self._backward_running:
             return
+        self._backward_since = True
         self._advice.before_backward()
-        self.joined()[1].flat.remember()
+        self.joined()[1].backward_begins()
         if self._synced:
             self._backward_running = True
             before = self._gradients()
@@ -261,15 +289,9 @@ class Replica:
         self._check_backward()
         if self.in_step:
             self._spans.mark("abandon", step=self.step)
-            self.joined()[1].reset()
             self._buffers.restore()
             self.position.go("abandon")
-        self._decided_step = -1
-
-    @property
-    def abandoned(self) -> bool:
-        """A forward pass has begun a step, no backward pass has followed, and none under no_sync is under way."""
-        return self.position.phase in (Phase.BEGUN, Phase.THIN) and self._synced and not self._backward_left_out
+        self.decide_again()
 
     def check_exchanged(self) -> None:
         """Raise ConfigError, here and on all ranks, if a step has begun whose gradient was not exchanged."""
@@ -416,6 +438,9 @@ class Replica:
     def close(self) -> None:
         """Leave the job: compare replicas a last time, then say goodbye; twice does no harm.
 
+        Compared is what they were at the end of the last loop, if no step was made since: what is done to the model
+        after that (the best checkpoint, an average, on rank 0 alone) is the user's own business.
+
         Raises:
             JobFailed: they differ, or another rank goes on with steps that this one does not make.
         """
@@ -425,7 +450,8 @@ class Replica:
         try:
             # Not where an error is on its way already, and not in the middle of a step.
             if connection is not None and sys.exc_info()[0] is None and not self.in_step and self.spec.verify_every:
-                connection.say_goodbye(self.step, self.statement.parts(), self.spec.join_timeout_s)
+                self.state_now()
+                connection.say_goodbye(self.step, self.spec.join_timeout_s)
         finally:
             self.position.go("leave")
             if self._closer is not None:
