@@ -43,6 +43,7 @@ class Exchange:
         self._seed, self._worker = seed, worker
         self._pending: list[tuple[torch.futures.Future[torch.Tensor], torch.Tensor, _Places]] = []
         self._thin = False
+        self._backward_begun = False  # a backward pass of the step has begun
         self.not_finite = False  # this worker's gradient of the step
 
     def begin(self, *, thin: bool) -> None:
@@ -51,10 +52,23 @@ class Exchange:
         self._thin = thin
         self.flat.remember()
 
+    def backward_begins(self) -> None:
+        """Look at what is in `.grad` before a backward pass of the step.
+
+        Before the first one it is what earlier steps have left; what is there later is this step's own (micro-batches
+        under no_sync), unless everything was cleared in between.
+        """
+        if not self._backward_begun:
+            self.flat.remember()
+        elif not self.flat.left_in_grad():
+            self.flat.forget()
+        self._backward_begun = True
+
     def reset(self) -> None:
         """Forget what was gathered of a step."""
         self._pending.clear()
         self.flat.reset()
+        self._backward_begun = False
         self.not_finite = False
 
     def without_gradient(self) -> list[str]:

@@ -76,12 +76,21 @@ class FlatGradient:
         DDP hands over the sum of what was there and the new gradient. What was there is the same on all ranks; it must
         be neither encoded again nor weighed by who arrives.
         """
+        self.forget()
+        left = self.left_in_grad()
+        if left:
+            self._base = torch.zeros_like(self._own)
+            for slot, gradient in left:
+                self._base[slot.span].view(slot.shape).copy_(gradient)
+
+    def forget(self) -> None:
+        """Take everything that DDP hands over for this step's gradient."""
+        self._base = None
+
+    def left_in_grad(self) -> list[tuple[Slot, torch.Tensor]]:
+        """Return the gradients that are there, none if all of them are zero."""
         left = [(slot, p.grad) for slot, p in zip(self.layout.slots, self.layout.parameters) if p.grad is not None]
-        if not left or not any(torch.count_nonzero(gradient) for _, gradient in left):
-            return
-        self._base = torch.zeros_like(self._own)
-        for slot, gradient in left:
-            self._base[slot.span].view(slot.shape).copy_(gradient)
+        return left if any(torch.count_nonzero(gradient) for _, gradient in left) else []
 
     def encode(
         self, chunk: Chunk, bits: int, *, key: tuple[int, int], norm: Any
