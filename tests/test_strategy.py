@@ -29,18 +29,25 @@ import torch_qgc as qgc
 pl = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.callbacks import (  # noqa: E402
+    BackboneFinetuning,
     Callback,
     EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     Timer,
+    WeightAveraging,
 )
+from lightning.pytorch.callbacks.spike import SpikeDetection  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
+from torch_qgc.ddp.optim import make_coded  # noqa: E402
 from torch_qgc.lightning import QGCStrategy  # noqa: E402
 from torch_qgc.lightning.loader import ReplayingLoader, Turn  # noqa: E402
-from torch_qgc.lightning.optimizers import make_coded  # noqa: E402
+from torch_qgc.lightning.times import StepTimes  # noqa: E402
 
 RANKS = 3
 BATCHES = 8  # per epoch and rank
@@ -314,6 +321,135 @@ def test_a_resumed_job_makes_the_very_steps_of_one_that_was_not_interrupted(tmp_
             assert {k: v for k, v in runs[name]["digests"].items() if k > step} == later, name
 
 
+# --- ends of loops, and errors ---------------------------------------------------------------------------
+
+
+class Leaving(Regression):
+    """Its epochs, its fit or its job end in some unusual way, while one rank is late by an event: it waits until the
+    others have closed two steps without it."""
+
+    def __init__(self, kind: str, rank: int) -> None:
+        super().__init__("AdamW")
+        self.kind, self.rank = kind, rank
+        self.one = rank == RANKS - 1  # which rank alone does it
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        assert batch is not None
+        replica = self.trainer.strategy.state.replica
+        if self.rank == 1 and replica.step == 4 and self.kind != "lonely step" and not self.trainer.strategy.replays:
+            give_up = time.monotonic() + 20
+            while not replica.joined()[0].closed(5) and replica.failure is None and time.monotonic() < give_up:
+                time.sleep(0.02)
+        everybody = self.kind in ("all leave the epoch", "all leave an accumulated step")
+        if batch_idx == 6 and (everybody or (self.kind == "one leaves the epoch" and self.one)):
+            return -1
+        if batch_idx == 6 and self.kind == "one stops" and self.one:
+            self.trainer.should_stop = True
+        return None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 6 and self.one:
+            if self.kind == "one skips a batch":
+                return None
+            if self.kind == "one fails":
+                raise ValueError("no such sample")
+            if self.kind == "one is interrupted":
+                raise KeyboardInterrupt
+        return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.kind == "one has another learning rate" and self.one and self.trainer.global_step == 5:
+            self.trainer.optimizers[0].param_groups[0]["lr"] *= 2
+
+
+# Name: the Trainer's arguments, and the steps that all have made.
+ENDINGS: dict[str, Any] = {
+    "all leave the epoch": ({}, 12),
+    "all leave an accumulated step": ({"accumulate_grad_batches": 4}, 2),
+    "max_steps": ({"max_steps": 11, "max_epochs": -1}, 11),
+    "early stopping": ({"max_epochs": 9, "val_check_interval": 3}, 6),
+    "half an epoch": ({"limit_train_batches": 0.5, "val_check_interval": 2, "max_epochs": 3}, 12),
+    "an accumulation that changes": ({}, 7),
+    "fast_dev_run": ({"fast_dev_run": 6}, 6),
+    "no batches": ({"limit_train_batches": 0}, 0),
+    "average of the weights": ({}, 16),
+    "pruning": ({}, 16),
+}
+
+
+def ending_job(rank: int, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    callbacks: list[Callback] = {
+        "early stopping": [EarlyStopping("constant", patience=1)],
+        "an accumulation that changes": [GradientAccumulationScheduler({0: 2, 1: 3})],
+        "average of the weights": [WeightAveraging()],
+        "pruning": [ModelPruning("l1_unstructured", amount=0.2, parameter_names=["weight"])],
+    }.get(kind, [])
+    module = Leaving(kind, rank)
+    strategy = strategy_for()
+    trainer = trainer_for(rank, strategy, *callbacks, **options)
+    trainer.fit(module, train_loader(), val_loader())
+    assert strategy.state is not None
+    report = strategy.state.report()
+    return {
+        "agreed": (trainer.global_step, trainer.current_epoch, strategy.state.step, digest(module)),
+        "replayed": report.replayed_steps,
+    }
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_loops_that_end_alike_on_all_ranks_end_equal(kind: str) -> None:
+    options, steps = ENDINGS[kind]
+    ranks = run_jobs(ending_job, kind, options, ranks=RANKS)
+    for found in ranks:
+        assert found["agreed"] == ranks[0]["agreed"]
+        assert found["agreed"][2] == steps
+    assert ranks[1]["replayed"] >= (steps > 5)
+
+
+LONELY = {
+    "one leaves the epoch": "loops have ended at different steps: workers [2] at step 6, workers [0, 1] at step 8",
+    "one stops": "loops have ended at different steps: workers [2] at step 7, workers [0, 1] at step 8",
+    "one skips a batch": "returning None in distributed training is not supported",
+    "one fails": "no such sample",
+    "one is interrupted": "KeyboardInterrupt",
+    "one has another learning rate": "AdamW.lr",
+}
+
+
+def lonely_job(rank: int, kind: str) -> None:
+    trainer_for(rank, strategy_for()).fit(Leaving(kind, rank), train_loader(), val_loader())
+
+
+@pytest.mark.parametrize("kind", LONELY)
+def test_what_one_rank_does_alone_is_an_error_on_all(kind: str) -> None:
+    with aggregators(1) as endpoints:
+        outcomes = run_ranks(_with_endpoints, endpoints, lonely_job, kind, ranks=RANKS, timeout_s=60, check=False)
+    errors = [outcome.error or "" for outcome in outcomes]
+    assert all(errors), errors
+    assert all("timed out" not in error for error in errors)
+    told = [LONELY[kind] in error for error in errors]
+    assert sum(told) >= (1 if kind == "one is interrupted" else 2), errors
+
+
+def two_fits_job(rank: int) -> list[Any]:
+    module, found = Leaving("two fits", rank), []
+    trainer = trainer_for(rank, strategy_for(), max_epochs=1)
+    for endpoint in (None, next(_endpoints)):
+        if endpoint is not None:
+            trainer.strategy._state_options["network"] = qgc.Network(endpoints=(endpoint,))
+            trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, train_loader(), val_loader())
+        found.append((trainer.global_step, trainer.strategy.state.step, digest(module)))
+    return found
+
+
+def test_a_trainer_fits_twice() -> None:
+    ranks = run_jobs(two_fits_job, ranks=RANKS, jobs=2)
+    assert ranks[0] == ranks[1] == ranks[2]
+    assert [entry[:2] for entry in ranks[0]] == [(8, 8), (16, 8)]
+
+
 # --- what Lightning users bring ---------------------------------------------------------------------------
 
 
@@ -349,13 +485,14 @@ def test_the_flag_is_enough_and_counts_are_logged_and_shown(tmp_path: Path) -> N
         assert found["seen"] == 2 * BATCHES
         assert found["train"] == (8, tagged, print)
         assert found["val"] is DistributedSampler
-        assert {"slowest", "arrives"} <= found["bar"].keys()
+        assert {"slowest", "step_s", "arrives"} <= found["bar"].keys()
     with open(Path(ranks[0]["folder"]) / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["qgc/bits/worker0"]]
     assert [int(row["step"]) for row in rows] == [3, 7, 11, 15]  # with the metrics of the module's own
     assert all(row["loss"] for row in rows)
     assert float(rows[-1]["qgc/arrival_rate/worker1"]) == 1
     assert float(rows[-1]["qgc/bits/worker1"]) == 4
+    assert 0 < float(rows[-1]["qgc/step_s/worker1"]) < 5
     assert float(rows[-1]["qgc/replayed_steps"]) == 0
     assert "qgc/deadline_s" not in rows[0]  # these steps waited for all
 
@@ -447,6 +584,12 @@ class Eager(Regression):
         return [optimizer], [{"scheduler": plateau, "monitor": "loss", "interval": "step"}]
 
 
+class Backboned(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.net[0]
+
+
 class Grouped(torch.utils.data.BatchSampler):
     """Batches as a user wants them."""
 
@@ -460,7 +603,7 @@ def refused_job(rank: int) -> dict[str, str]:
         trainer = trainer_for(rank, strategy or strategy_for(), *callbacks, **options)
         try:
             trainer.fit(model or Regression(), train_loader() if loader is None else loader)
-        except qgc.ConfigError as error:
+        except qgc.QGCError as error:  # JobFailed, where another rank was the first to see it
             said[name] = str(error)
 
     samples = len(dataset())
@@ -470,6 +613,9 @@ def refused_job(rank: int) -> dict[str, str]:
     callbacks = Timer(hours), ModelCheckpoint(train_time_interval=hours), StochasticWeightAveraging(swa_lrs=0.1)
     attempt("trainer", *callbacks, model=Manual(), val_check_interval=hours, overfit_batches=2)
     attempt("iterator", model=Iterating())
+    attempt("finetuning", BackboneFinetuning(), model=Backboned())
+    attempt("finders", LearningRateFinder(), strategy=strategy_for(deadline_s=None))
+    attempt("spikes", SpikeDetection())
     attempt("unused", strategy=strategy_for(find_unused_parameters=True))
     attempt("synchronous", model=Synchronous())
     attempt("two passes", model=Sharp())
@@ -494,6 +640,9 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
             "torch.utils.data.Subset",
         ],
         "iterator": ["take a batch instead"],
+        "finetuning": ["BackboneFinetuning: it unfreezes"],
+        "finders": ["LearningRateFinder: ", "a run of its own on one device"],
+        "spikes": ["SpikeDetection: it waits for every rank"],
         "unused": ["find_unused_parameters=False"],
         "synchronous": ["on_step=False, on_epoch=True"],
         "two passes": ["TwoPasses made 2 passes in one step"],
@@ -505,7 +654,7 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
         "no length": ["got [None, None]"],
         "partitions": ["use_distributed_sampler=True"],
     }
-    for said in run_jobs(refused_job, ranks=2, jobs=12):
+    for said in run_jobs(refused_job, ranks=2, jobs=15):
         missing = [(name, text) for name, texts in remedies.items() for text in texts if text not in said.get(name, "")]
         assert not missing, said
 
@@ -523,6 +672,29 @@ def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
         importlib.import_module("torch_qgc.lightning")
 
 
+# --- who is slow -----------------------------------------------------------------------------------------
+
+
+def test_the_slowest_worker_is_the_one_whose_own_steps_take_longest_though_all_wait_for_all() -> None:
+    """Each worker's step: 1, 3 and 2 s of its own, and the waiting until the slowest is through."""
+    store = torch.distributed.HashStore()
+    clocks = [[0.0] for _ in range(RANKS)]
+    times = [StepTimes(store, k, RANKS, name="job", now=lambda k=k: clocks[k][0]) for k in range(RANKS)]
+    assert np.isnan(times[0].exchange()).all()
+    for step in range(3):
+        for k, own_s in enumerate((1.0, 3.0, 2.0)):
+            times[k].begin(waited_s=step * (3.0 - own_s))
+            clocks[k][0] += 3.0
+            times[k].end(waited_s=(step + 1) * (3.0 - own_s))
+            times[k].end(waited_s=100.0)  # of a replayed step: none has begun
+    assert times[0].exchange()[0] == 1.0
+    times[1].exchange()
+    np.testing.assert_array_equal(times[2].exchange(), [1.0, 3.0, 2.0])
+    np.testing.assert_array_equal(times[0].exchange(), [1.0, 3.0, 2.0])
+    other = StepTimes(store, 0, RANKS, name="another job")
+    assert np.isnan(other.exchange()).all()
+
+
 # --- the parts --------------------------------------------------------------------------------------------
 
 
@@ -534,6 +706,9 @@ class Missing:
 
     def missed(self) -> bool:
         return self.step in self.steps
+
+    def decide_again(self) -> None:
+        pass
 
 
 def given(loader: ReplayingLoader, state: Missing, accumulate: int = 1) -> list[Any]:
@@ -549,6 +724,16 @@ def test_replayed_steps_load_nothing_but_the_first_batch_of_an_epoch_is_computed
     loader = ReplayingLoader(list("abcdef"), Turn(state))
     assert "".join(given(loader, state)) == "abbbcd"
     assert "".join(given(loader, state)) == "abcdef"  # step 6 begins the second epoch
+
+
+def test_a_step_that_was_left_in_the_middle_is_decided_again() -> None:
+    state = Missing(1)
+    loader = ReplayingLoader(list("abcdef"), Turn(state))
+    batches = iter(loader)
+    assert next(batches) == "a"
+    state.step = 1
+    assert next(batches) == "a"  # of step 1, which has closed without this rank; the epoch is left here
+    assert "".join(given(loader, state)) == "abcdef"
 
 
 def test_all_batches_of_an_accumulated_step_are_computed_or_replayed_together() -> None:
@@ -576,9 +761,20 @@ def test_assignments_reach_the_wrapped_loader() -> None:
     assert source.worker_init_fn is print
 
 
+class Anything:
+    """Holds every parameter."""
+
+    def __contains__(self, parameter: object) -> bool:
+        return True
+
+
 class OneTrack:
     plan = SimpleNamespace(second_track=None)
-    layout: tuple[torch.Tensor, ...] = ()
+    layout = Anything()
+    statement = SimpleNamespace(watch=lambda optimizer: None)
+
+    def second_scale(self, parameter: torch.Tensor) -> float:
+        return 1.0
 
 
 def three_steps(name: str, *, code: bool) -> tuple[torch.optim.Optimizer, str, int]:

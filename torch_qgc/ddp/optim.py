@@ -243,8 +243,9 @@ def watch_optimizers(replica: Replica) -> None:
 
 
 @_disable_dynamo  # a compiled step has nothing to find in there
-def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     first = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
     for replica in _watching:
         if first is not None and first in replica.layout and replica.position.phase is not Phase.LEFT:
-            replica.check_stepped(optimizer)
+            # A closure exchanges the step's gradient only now, inside of the optimizer's step, as in Lightning.
+            replica.check_stepped(optimizer, exchanged=not any(callable(a) for a in (*args[1:], *kwargs.values())))

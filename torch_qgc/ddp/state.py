@@ -399,30 +399,31 @@ class Forward:
     def __reduce__(self) -> tuple[Any, ...]:
         return Forward, (None,)
 
-    def _listening(self, module: torch.nn.Module) -> QGCState | None:
-        state = None if self._state is None else self._state()
-        return state if state is not None and module.training and torch.is_grad_enabled() else None
+    def _listening(self) -> QGCState | None:
+        return self._state() if self._state is not None and torch.is_grad_enabled() else None
 
     @_disable_dynamo  # torch.compile(ddp) has nothing to find in here
     def before(self, module: torch.nn.Module, args: Any) -> None:
-        """Begin a step."""
-        state = self._listening(module)
-        if state is not None:
+        """Begin a step; in eval mode only its backward pass does, if there is one."""
+        state = self._listening()
+        if state is not None and module.training:
             state.begin()
 
     @_disable_dynamo
     def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Notice when the backward pass begins."""
-        state = self._listening(module)
+        state = self._listening()
         if state is None:
             return
         state.forward_ended()
-        replica = weakref.ref(state.replica)
+        reference, training = weakref.ref(state), module.training
 
         def backward_begins(gradient: torch.Tensor) -> None:
-            alive = replica()
+            alive = reference()
             if alive is not None:
-                alive.backward_begins()
+                if not training:
+                    alive.begin()
+                alive.replica.backward_begins()
 
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:

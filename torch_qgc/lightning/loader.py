@@ -14,22 +14,28 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torch_qgc.ddp.loader import make_loader
 from torch_qgc.ddp.sampler import CodedSampler
 from torch_qgc.errors import ConfigError
+from torch_qgc.lightning.times import StepTimes
 from torch_qgc.worker.replica import Replica
 
 __all__ = ["ReplayingLoader", "Turn", "code_sampling"]
 
 
 class Turn:
-    """Whether this rank computes the current step or replays it; decided once per step, at its first batch."""
+    """Whether this rank computes the current step or replays it; decided once per step, at its first batch.
 
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
+    Args:
+        replica: whose steps these are.
+        times: is told when a computed step begins.
+    """
+
+    def __init__(self, replica: Replica, times: StepTimes | None = None) -> None:
+        self._replica, self._times = replica, times
         self._decided_step = -1
         self.replays = False
 
     def reset(self) -> None:
         """Decide anew on a step that was left in the middle: an epoch may end there."""
-        self._decided_step = -1
+        self._decided_step, self.replays = -1, False
         self._replica.decide_again()
 
     def take(self, *, may_replay: bool) -> bool:
@@ -37,6 +43,10 @@ class Turn:
         if self._decided_step != self._replica.step:
             self.replays = may_replay and self._replica.missed()
             self._decided_step = self._replica.step
+            if not may_replay:
+                self._replica.decide_again()  # it is computed in full, whatever was said before
+            if not self.replays and self._times is not None:
+                self._times.begin(self._replica.counts.wait_s)
         return self.replays
 
 

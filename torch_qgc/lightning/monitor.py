@@ -1,4 +1,4 @@
-"""Who contributes how often, in Lightning's logger and progress bar."""
+"""Who contributes how often and who is slow, in Lightning's logger and progress bar; and where epochs end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
 from torch_qgc.ddp.state import QGCState
+from torch_qgc.lightning.times import StepTimes
 
 __all__ = ["QGCMonitor"]
 
@@ -16,18 +17,26 @@ __all__ = ["QGCMonitor"]
 class QGCMonitor(Callback):
     """Log what the job does every `Trainer(log_every_n_steps)` steps; the strategy adds it.
 
-    Logged, as rank 0 sees it and without any communication:
+    Logged, as rank 0 sees it and without waiting for anybody:
 
+    - `qgc/step_s/worker<k>`: seconds that a step takes worker k itself, the median of its newest ones.
     - `qgc/arrival_rate/worker<k>`: payloads of worker k per round, lately.
     - `qgc/bits/worker<k>`: its bits per coordinate.
     - `qgc/deadline_s`: after which a step closes; left out if steps wait for all.
     - `qgc/replayed_steps`, `qgc/late_steps`: of this rank, since the job began.
 
-    In the progress bar: `slowest`, the worker with the lowest arrival rate, and `arrives`, that rate.
+    In the progress bar: `slowest`, the worker whose own steps take longest, `step_s`, how long, and `arrives`, its
+    payloads per round.
+
+    It also tells the job when an epoch ends, so that ranks whose epochs end at different steps hear of it.
+
+    Args:
+        state: of the job.
+        times: of its workers.
     """
 
-    def __init__(self, state: QGCState) -> None:
-        self._state = state
+    def __init__(self, state: QGCState, times: StepTimes) -> None:
+        self._state, self._times = state, times
         self._logged_step = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -36,15 +45,26 @@ class QGCMonitor(Callback):
         if step % every or step == self._logged_step or trainer.barebones:
             return
         self._logged_step = step
-        rates = self._rates()
-        pl_module.log_dict(self.metrics(), on_step=True, on_epoch=False)
-        bar = {"slowest": float(rates.argmin()), "arrives": float(rates.min())}
-        pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        seconds = self._times.exchange()
+        pl_module.log_dict(self.metrics(seconds), on_step=True, on_epoch=False)
+        if not np.isnan(seconds).all():
+            slowest = int(np.nanargmax(seconds))
+            bar = {"slowest": float(slowest), "step_s": float(seconds[slowest]), "arrives": self._rates()[slowest]}
+            pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
-    def metrics(self) -> dict[str, float]:
-        """Return what is logged."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the job where this rank's epoch has ended."""
+        self._state.replica.loop_ended(owed=0)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the job end on every rank, before other callbacks meet (to save a checkpoint, say)."""
+        self._state.replica.tell_all(repr(exception))
+
+    def metrics(self, seconds: NDArray[np.float64]) -> dict[str, float]:
+        """Return what is logged, given the seconds that each worker's step takes."""
         state, report = self._state, self._state.report()
-        found = {f"arrival_rate/worker{k}": rate for k, rate in enumerate(self._rates())}
+        found = {f"step_s/worker{k}": value for k, value in enumerate(seconds) if not np.isnan(value)}
+        found |= {f"arrival_rate/worker{k}": rate for k, rate in enumerate(self._rates())}
         found |= {f"bits/worker{k}": bits for k, bits in enumerate(state.plan.bits)}
         deadline_s = state.replica.spec.rule.deadline_s
         if deadline_s is not None:
@@ -52,6 +72,7 @@ class QGCMonitor(Callback):
         found |= {"replayed_steps": report.replayed_steps, "late_steps": report.late_steps}
         return {f"qgc/{name}": float(value) for name, value in found.items()}
 
-    def _rates(self) -> NDArray[np.float64]:
+    def _rates(self) -> list[float]:
         report = self._state.report()
-        return report.contributions if self._state.replica.spec.rule.deadline_s is None else report.rates
+        waits = self._state.replica.spec.rule.deadline_s is None
+        return [float(rate) for rate in (report.contributions if waits else report.rates)]

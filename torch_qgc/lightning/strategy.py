@@ -25,11 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_qgc.ddp.optim import make_coded
 from torch_qgc.ddp.state import QGCState, qgc_hook
-from torch_qgc.errors import ConfigError
+from torch_qgc.errors import ConfigError, QGCError
 from torch_qgc.lightning.checks import check_trainer
 from torch_qgc.lightning.loader import ReplayingLoader, Turn, code_sampling
 from torch_qgc.lightning.loops import agree_on_monitored, obey_own_signals
 from torch_qgc.lightning.monitor import QGCMonitor
+from torch_qgc.lightning.times import StepTimes
 
 __all__ = ["QGCStrategy"]
 
@@ -58,7 +59,9 @@ class QGCStrategy(DDPStrategy):
         kwargs.setdefault("broadcast_buffers", False)  # they are averaged when somebody looks at them
         super().__init__(**kwargs)
         self.state: QGCState | None = None
+        self._fits = 0
         self._turn: Turn | None = None
+        self._times: StepTimes | None = None
         self._last_output: Any = None
         self._computing = False
 
@@ -81,20 +84,25 @@ class QGCStrategy(DDPStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap the model, make the state and the optimizers; all ranks at once."""
-        if trainer.state.fn == TrainerFn.FITTING and not self._waits_for_all:
-            check_trainer(trainer)
-            obey_own_signals(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(trainer, may_be_late=not self._waits_for_all)
+            if not self._waits_for_all:
+                obey_own_signals(trainer)
         super().setup(trainer)
         if self._training:
             assert self.state is not None
+            assert self._times is not None
             others = [c for c in trainer.callbacks if not isinstance(c, QGCMonitor)]  # type: ignore[attr-defined]
-            trainer.callbacks = [QGCMonitor(self.state), *others]  # type: ignore[attr-defined]
+            trainer.callbacks = [QGCMonitor(self.state, self._times), *others]  # type: ignore[attr-defined]
             agree_on_monitored(trainer)
             self.state.scaler = getattr(self.precision_plugin, "scaler", None)  # of precision="16-mixed"
 
     def _register_ddp_hooks(self) -> None:
         self.state = QGCState(self.model, **self._state_options)  # type: ignore[arg-type]
-        self._turn = Turn(self.state.replica)
+        self._fits += 1
+        store = torch.distributed.distributed_c10d._get_default_store()
+        self._times = StepTimes(store, self.state.rank, self.state.workers, name=f"fit{self._fits}")
+        self._turn = Turn(self.state.replica, self._times)
         self.model.register_comm_hook(self.state, qgc_hook)  # type: ignore[union-attr,operator]
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -146,6 +154,7 @@ class QGCStrategy(DDPStrategy):
         """Run the module's training_step; in a replayed step return what the last one returned."""
         if self.replays:
             return self._last_output
+        self._begin()
         self._computing = True
         try:
             output = super().training_step(*args, **kwargs)
@@ -154,9 +163,15 @@ class QGCStrategy(DDPStrategy):
         self._last_output = apply_to_collection(output, torch.Tensor, torch.Tensor.detach)
         return output
 
+    def _begin(self) -> None:
+        """Begin a step, unless that was done: Lightning leaves DDP's wrapper in eval mode after a validation."""
+        if self._training and self.state is not None:
+            self.state.begin()
+
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the backward pass; in a replayed step take its result instead. Hooks are called in both."""
         if not self.replays:
+            self._begin()  # manual optimization may make several steps after one forward pass
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self.state is not None
         assert self.lightning_module is not None
@@ -171,6 +186,8 @@ class QGCStrategy(DDPStrategy):
         before = self.state.step
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         passes = self.state.step - before
+        if passes and self._times is not None:
+            self._times.end(self.state.replica.counts.wait_s)
         if self.lightning_module.automatic_optimization and passes != 1:  # type: ignore[union-attr]
             raise ConfigError(
                 f"{type(optimizer).__name__} made {passes} passes in one step (it calls its closure that often): a "
@@ -180,13 +197,22 @@ class QGCStrategy(DDPStrategy):
 
     @contextmanager
     def _alone(self, what: str) -> Iterator[None]:
-        """Refuse a collective inside training_step: others would wait for it, or may be replaying and never come."""
+        """Refuse a collective inside training_step: others would wait for it, or may be replaying and never come.
+
+        Elsewhere, where a collective fails because the job has ended on another rank, say why that was.
+        """
         if self._computing and not self._waits_for_all:
             raise ConfigError(
                 f"{what} in training_step waits for every rank in each step, and a rank that replays a step does not "
                 "run it: log without sync_dist, or with on_step=False, on_epoch=True, reduced at the epoch's end"
             )
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            failure = None if self.state is None else self.state.replica.failure
+            if failure is None or isinstance(error, QGCError):
+                raise
+            raise type(failure)(*failure.args) from error
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         """Reduce over ranks; not inside training_step."""
@@ -244,7 +270,9 @@ class QGCStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Leave the job; `state.report()` can still be read."""
-        if self.state is not None:
-            self.state.close()
         self._last_output = None
-        super().teardown()
+        try:
+            if self.state is not None:
+                self.state.close()
+        finally:
+            super().teardown()

@@ -118,6 +118,11 @@ class Replica:
         """Steps may close without this worker."""
         return self.spec.rule.deadline_s is not None
 
+    @property
+    def failure(self) -> QGCError | None:
+        """Why the job has ended on every rank, as far as this one has heard; None while it goes on."""
+        return None if self._connection is None else self._connection.session.error
+
     def start_at(self, step: int, seed: int, plan: Plan) -> None:
         """Begin with another step than 0, as a checkpoint says.
 
@@ -154,7 +159,7 @@ class Replica:
     def decide_again(self) -> None:
         """Forget the answer: a batch was handed out, and no step was made with it."""
         if not self.in_step:
-            self._decided_step = -1
+            self._decided_step, self._has_thin_batch = -1, False
 
     @property
     def in_training_thread(self) -> bool:
@@ -304,15 +309,20 @@ class Replica:
             "belong under torch.no_grad()"
         )
 
-    def check_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check and remember an optimizer that is about to make a step with this replica's parameters."""
+    def check_stepped(self, optimizer: torch.optim.Optimizer, *, exchanged: bool = True) -> None:
+        """Check and remember an optimizer that is about to make a step with this replica's parameters.
+
+        Args:
+            exchanged: the step's gradient must have been exchanged by now.
+        """
         if type(optimizer).__name__ == "ZeroRedundancyOptimizer" and self.may_be_late:
             self._refuse(
                 "ZeroRedundancyOptimizer broadcasts parameters in each step, so that every rank waits for the slowest: "
                 "use the optimizer that it wraps, or deadline_s=None"
             )
         self.statement.watch(optimizer)
-        self.check_exchanged()
+        if exchanged:
+            self.check_exchanged()
 
     def _check_backward(self) -> None:
         if self._backward_running:
