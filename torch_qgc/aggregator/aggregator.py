@@ -93,7 +93,7 @@ class Aggregator:
 
     def wakeup_in(self, now: float) -> float:
         """Return the seconds until the next tick that could matter; messages may matter earlier."""
-        if self.job is None:
+        if self.job is None or self.failed is not None:
             return self._ping_interval_s
         return min(max(self._next_ping_at_s, now), self.job.rounds.next_deadline_s(now)) - now
 

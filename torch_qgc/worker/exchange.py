@@ -64,18 +64,6 @@ class Exchange:
             self.flat.forget()
         self._backward_begun = True
 
-    def backward_begins(self) -> None:
-        """Look at what is in `.grad` before a backward pass of the step.
-
-        Before the first one it is what earlier steps have left; what is there later is this step's own (micro-batches
-        under no_sync), unless everything was cleared in between.
-        """
-        if not self._backward_begun:
-            self.flat.remember()
-        elif not self.flat.left_in_grad():
-            self.flat.forget()
-        self._backward_begun = True
-
     def reset(self) -> None:
         """Expect the next step's gradient."""
         self._pending.clear()
