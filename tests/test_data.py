@@ -110,7 +110,7 @@ def test_batches_of_late_steps_are_thin(num_workers: int, batch_size: int) -> No
         batch_size=batch_size,
         num_workers=num_workers,
     )
-    whole = [batch.tolist() for batch in loader.sampler]
+    whole = list(loader.sampler)
     seen = [batch.tolist() for (batch,) in steps(loader)]
     assert seen == [batch[:2] if step in late else batch for step, batch in enumerate(whole)]
     assert loader.state_dict() == {"epoch": 1, "samples": 0}
@@ -120,7 +120,7 @@ def test_late_steps_are_replayed_and_their_batches_left_out_where_the_update_is_
     for num_workers in (0, 1):
         replica = FakeReplica(plan_of(), late=frozenset({0, 3, 4, 9}), bound=True)
         loader = make_loader(replica, TensorDataset(torch.arange(120)), batch_size=4, num_workers=num_workers)
-        whole = [batch.tolist() for batch in loader.sampler]
+        whole = list(loader.sampler)
         assert [b.tolist() for (b,) in steps(loader)] == [b for s, b in enumerate(whole) if s not in replica.late]
         assert replica.replayed == [0, 3, 4, 9]
         assert replica.step == 10
@@ -198,8 +198,6 @@ def test_a_batch_that_is_fetched_between_forward_and_backward_pass_is_not_owed()
         replica.in_step = replica.awaits_backward = True
         next(iterator)
         replica.make_step()
-    assert thinner.owed == 1  # the newest, which nobody has used yet
-    replica.make_step()
     assert thinner.owed == 0
 
 

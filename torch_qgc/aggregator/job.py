@@ -107,6 +107,7 @@ class Job:
             )
             return
         self._send(EVERYBODY, messages.Gone(worker, "lost"))
+        self._agreement.forget(worker)
         self._settle_agreement(now)
         self.close_due(now)
 
