@@ -41,8 +41,10 @@ class Agreement:
 
     def forget(self, worker: int) -> None:
         """Drop the word of a worker that was lost: its loop ended where it died."""
-        for words in (*self._stated.values(), *self._marks.values()):
-            words.pop(worker, None)
+        for stated in self._stated.values():
+            stated.pop(worker, None)
+        for marks in self._marks.values():
+            marks.pop(worker, None)
 
     def settle(self, alive: AbstractSet[int]) -> Verdict:
         """Compare what is complete."""
