@@ -1,40 +1,21 @@
-"""Batches from a worker's own share, and the skipping of what it was too late for."""
+"""Batches from a worker's own share, thin or left out where it was too late for them."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.replicas import FakeReplica
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from torch_qgc.ddp.loader import CodedLoader, make_loader
+from torch_qgc.ddp.loader import FollowedLoader, Thinner, make_loader
 from torch_qgc.ddp.sampler import CodedSampler, random_partitions
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, make_plan
-
-
-class State:
-    """A replica as far as the loader can see; `late` lists the steps that close without it."""
-
-    def __init__(self, plan: Plan, rank: int = 0, late: frozenset[int] = frozenset()) -> None:
-        self.plan, self.worker, self.late = plan, rank, late
-        self.spec = SimpleNamespace(workers=plan.num_workers)
-        self.step = 0
-        self.in_step = False
-        self.replayed: list[int] = []
-
-    def check_replayable(self) -> None:
-        pass
-
-    def catch_up(self, end_step: int) -> None:
-        while self.step < end_step and self.step in self.late:
-            self.replayed.append(self.step)
-            self.step += 1
 
 
 def plan_of(workers: int = 3, **options: Any) -> Plan:
@@ -94,7 +75,7 @@ def test_together_the_workers_cover_the_data_set_in_an_epoch() -> None:
     data = TensorDataset(torch.arange(1000))
     covered = set()
     for rank in range(4):
-        loader = make_loader(State(plan, rank), data, batch_size=10)
+        loader = make_loader(FakeReplica(plan, rank), data, batch_size=10)
         covered |= {int(i) for batch in loader.sampler for i in batch}
         assert len(loader) == 25
     # A worker with a share above 1/4 cannot visit all of it in an epoch of equal batches; the others can.
@@ -106,76 +87,155 @@ def test_partitions_of_ones_own_are_respected() -> None:
     plan = plan_of(3, num_partitions=3, placement=placement, partition_sizes=[10, 20, 30])
     partitions = [range(10), range(10, 30), range(30, 60)]
     for rank, block in enumerate(partitions):
-        loader = make_loader(State(plan, rank), TensorDataset(torch.arange(60)), batch_size=4, partitions=partitions)
+        loader = make_loader(
+            FakeReplica(plan, rank), TensorDataset(torch.arange(60)), batch_size=4, partitions=partitions
+        )
         assert {int(i) for (batch,) in steps(loader) for i in batch} <= set(block)
 
 
-def steps(loader: CodedLoader) -> Any:
+def steps(loader: Any) -> Any:
     """Iterate as a training loop does: one step per batch."""
     for batch in loader:
         yield batch
-        loader._replica.step += 1
+        loader._thinner.replica.make_step()
 
 
-def test_late_steps_are_replayed_and_their_batches_skipped() -> None:
-    state = State(plan_of(), late=frozenset({0, 3, 4, 9}))
-    loader = make_loader(state, TensorDataset(torch.arange(120)), batch_size=4)
-    assert len(loader) == 10
-    assert len(list(steps(loader))) == 6
-    assert state.replayed == [0, 3, 4, 9]
-    assert state.step == 10
-    state.late = frozenset()
-    assert len(list(steps(loader))) == 10
-    assert loader.sampler.epoch == 2
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("batch_size", [4, 1])
+def test_batches_of_late_steps_are_thin(num_workers: int, batch_size: int) -> None:
+    late = frozenset({0, 3, 4, 9})
+    loader = make_loader(
+        FakeReplica(plan_of(), late=late),
+        TensorDataset(torch.arange(30 * batch_size)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    whole = list(loader.sampler)
+    seen = [batch.tolist() for (batch,) in steps(loader)]
+    assert seen == [batch[:2] if step in late else batch for step, batch in enumerate(whole)]
+    assert loader.state_dict() == {"epoch": 1, "samples": 0}
+
+
+def test_late_steps_are_replayed_and_their_batches_left_out_where_the_update_is_bound() -> None:
+    for num_workers in (0, 1):
+        replica = FakeReplica(plan_of(), late=frozenset({0, 3, 4, 9}), bound=True)
+        loader = make_loader(replica, TensorDataset(torch.arange(120)), batch_size=4, num_workers=num_workers)
+        whole = list(loader.sampler)
+        assert [b.tolist() for (b,) in steps(loader)] == [b for s, b in enumerate(whole) if s not in replica.late]
+        assert replica.replayed == [0, 3, 4, 9]
+        assert replica.step == 10
+        replica.late = frozenset()
+        assert len(list(steps(loader))) == 10
 
 
 def test_an_epoch_can_close_without_this_worker_altogether() -> None:
-    state = State(plan_of(), late=frozenset(range(100)))
-    assert list(steps(make_loader(state, TensorDataset(torch.arange(120)), batch_size=4))) == []
-    assert state.step == 10
+    replica = FakeReplica(plan_of(), late=frozenset(range(100)), bound=True)
+    assert list(steps(make_loader(replica, TensorDataset(torch.arange(120)), batch_size=4))) == []
+    assert replica.step == 10
 
 
-def test_accumulation_takes_several_batches_per_step() -> None:
-    state = State(plan_of(), late=frozenset({1}))
-    loader = make_loader(state, TensorDataset(torch.arange(120)), batch_size=4, accumulate=2)
+def test_a_replayed_step_leaves_out_as_many_batches_as_steps_take() -> None:
+    replica = FakeReplica(plan_of(), late=frozenset({1}), bound=True)
+    loader = make_loader(replica, TensorDataset(torch.arange(120)), batch_size=4)
     seen = 0
     for _ in loader:
         seen += 1
-        state.in_step = seen % 2 == 1
-        state.step += seen % 2 == 0
-    assert (len(loader), loader.steps, seen, state.step) == (10, 5, 8, 5)
+        if seen % 2 == 0:
+            replica.make_step()
+        else:
+            replica.in_step = True
+    assert (len(loader), seen, replica.step) == (10, 8, 5)
 
 
-def test_states_of_one_loop_are_brought_to_the_same_step_by_waiting() -> None:
-    plan = plan_of()
-    first, second = State(plan, late=frozenset({3, 9})), State(plan, late=frozenset({5}))
-    waited: list[tuple[int, int]] = []
-    for state, number in ((first, 1), (second, 2)):
-
-        def await_step(end_step: int, state: State = state, number: int = number) -> None:
-            waited.append((number, state.step))
-            state.step = end_step
-
-        state.await_step = await_step  # type: ignore[attr-defined]
-    loader = make_loader(first, TensorDataset(torch.arange(120)), batch_size=4, together=[second])
-    for _ in loader:
-        assert first.step == second.step
-        first.step += 1
-        second.step += 1
-    assert waited == [(2, 3), (1, 5), (2, 9)]  # the last one after the loop's last batch
-    assert first.step == second.step == 10
+# --- batches that make no step ------------------------------------------------------------------------------------
 
 
-def test_a_loop_that_makes_no_steps_is_told_so() -> None:
-    loader = make_loader(State(plan_of()), TensorDataset(torch.arange(120)), batch_size=4)
-    with pytest.raises(ConfigError, match="accumulate=n"):
-        for _ in loader:
-            pass
+def looped(replica: FakeReplica, unused: set[int], *, follow: bool) -> int:
+    """Run a loop of 10 batches, some of which make no step; return how many were handed out."""
+    data = TensorDataset(torch.arange(120))
+    loader: Any = make_loader(replica, data, batch_size=4)
+    if follow:
+        loader = FollowedLoader(range(10), Thinner(replica))
+    count = 0
+    for count, _ in enumerate(loader, 1):
+        if count not in unused:
+            replica.make_step()
+    return count
+
+
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("unused", [{2}, {10}, {3, 4, 10}])
+def test_steps_that_others_have_made_are_made_up_for_at_the_end(follow: bool, unused: set[int]) -> None:
+    replica = FakeReplica(plan_of())
+    replica.others_step = 10
+    assert looped(replica, unused, follow=follow) == 10 + len(unused)
+    assert replica.step == 10
+    assert replica.ends == [(10 - len(unused), len(unused))]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_nothing_is_made_up_for_where_all_have_made_as_many_steps(follow: bool) -> None:
+    replica = FakeReplica(plan_of())
+    replica.others_step = 5  # they accumulate two batches, too
+    assert looped(replica, {1, 3, 5, 7, 9}, follow=follow) == 10
+    replica = FakeReplica(plan_of())
+    assert looped(replica, set(), follow=follow) == 10
+    assert replica.ends == [(10, 0)]
+
+
+def test_making_up_ends_where_it_makes_no_step() -> None:
+    replica = FakeReplica(plan_of())
+    replica.others_step = 10
+    assert looped(replica, {3, 4, 12, 13, 14}, follow=True) == 12
+
+
+def test_a_batch_that_is_fetched_between_forward_and_backward_pass_is_not_owed() -> None:
+    replica = FakeReplica(plan_of())
+    thinner = Thinner(replica)
+    iterator = thinner.loop(map(thinner, range(10)), lambda: None)
+    next(iterator)
+    for _ in range(9):
+        replica.in_step = replica.awaits_backward = True
+        next(iterator)
+        replica.make_step()
+    assert thinner.owed == 0
+
+
+def test_other_threads_may_fetch_batches_ahead() -> None:
+    replica = FakeReplica(plan_of())
+    replica.in_training_thread = False
+    assert looped(replica, {1, 2, 3, 4, 5}, follow=True) == 10
+    assert replica.ends == [(5, 0)]
+
+
+def test_followed_loaders_keep_their_attributes() -> None:
+    source = DataLoader(TensorDataset(torch.arange(12)), batch_size=4)
+    followed = FollowedLoader(source, Thinner(FakeReplica(plan_of(), late=frozenset({1}))))
+    assert len(followed) == 3
+    assert followed.batch_size == 4
+    assert followed.dataset is source.dataset
+    assert [len(batch) for (batch,) in steps(followed)] == [4, 2, 4]
+
+
+def test_weights_decide_how_often_samples_are_drawn() -> None:
+    """Within each partition, in proportion, up to one draw."""
+    plan = plan_of(2, noise_ratio=10.0)
+    weights = np.concatenate([np.zeros(20), np.ones(60), np.full(20, 3.0)])
+    loader = make_loader(FakeReplica(plan), TensorDataset(torch.arange(100)), batch_size=4, weights=weights)
+    blocks = random_partitions(100, plan.num_partitions, 0)
+    probs = plan.partition_probabilities(0)
+    draws = np.concatenate([np.array(batch) for batch in loader.sampler])
+    counts = np.bincount(draws, minlength=100)
+    expected = np.zeros(100)
+    for block, prob in zip(blocks, probs):
+        expected[block] = len(draws) * prob * weights[block] / weights[block].sum()
+    assert np.all(np.abs(counts - expected) < 1 + 1e-6)
+    assert not counts[:20].any()
 
 
 def test_dataloader_arguments_pass_through() -> None:
     loader = make_loader(
-        State(plan_of()),
+        FakeReplica(plan_of()),
         TensorDataset(torch.arange(120)),
         batch_size=4,
         num_workers=1,
@@ -196,6 +256,9 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         ({"shuffle": True}, "shuffle"),
         ({"sampler": [1]}, "sampler"),
         ({"batch_size": 0}, "batch_size"),
+        ({"thin": 0}, "thin: expected at least 1 sample"),
+        ({"weights": [1.0]}, "one finite number >= 0 for each of the 120 samples"),
+        ({"weights": [-1.0] * 120}, "one finite number >= 0"),
         ({"partitions": [[0], [1]]}, "num_partitions=2"),
         ({"partitions": [[0], [1], [999]]}, "partition 2"),
         ({"partitions": [[0], [], [1]]}, "partition 1"),
@@ -204,15 +267,15 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
 def test_bad_arguments_are_refused_with_the_remedy(arguments: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         make_loader(
-            State(plan_of(num_partitions=3)), TensorDataset(torch.arange(120)), **{"batch_size": 4, **arguments}
+            FakeReplica(plan_of(num_partitions=3)), TensorDataset(torch.arange(120)), **{"batch_size": 4, **arguments}
         )
 
 
 def test_data_sets_without_indices_or_with_too_few_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="map-style"):
-        make_loader(State(plan_of()), Stream(), batch_size=4)
+        make_loader(FakeReplica(plan_of()), Stream(), batch_size=4)
     with pytest.raises(ConfigError, match="fewer partitions"):
-        make_loader(State(plan_of(num_partitions=9)), TensorDataset(torch.arange(8)), batch_size=4)
+        make_loader(FakeReplica(plan_of(num_partitions=9)), TensorDataset(torch.arange(8)), batch_size=4)
 
 
 def test_random_partitions_are_a_partition() -> None:

@@ -197,7 +197,7 @@ class HangingUp(MemoryNetwork):
 
 def test_a_goodbye_that_is_read_after_the_connection_has_ended_is_one() -> None:
     """With on_loss="fail" the job would end because a worker had come to its end."""
-    network = HangingUp([messages.encode_message(messages.Bye())])
+    network = HangingUp([messages.encode_message(messages.Bye(0))])
     aggregator = Aggregator()
     for worker in range(2):
         for _, frames in session_for(make_spec(PLAN, on_loss="fail"), PLAN, worker).drain():

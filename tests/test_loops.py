@@ -1,4 +1,4 @@
-"""What real training loops do, with one rank late: all replicas stay bit-identical after every step."""
+"""Loops whose update is bound: late steps are replayed without running the loop body, and all ranks stay equal."""
 
 from __future__ import annotations
 
@@ -8,48 +8,37 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.loops import BATCH, STEPS, Witness, check_replicas, coded, dataset, fall_behind, job, mlp, mse, run
+from helpers.loops import BATCH, STEPS, Case, Job, check_case, closing, coded, dataset, mlp, mse, run, run_cases
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import torch_qgc as qgc
 
-# --- accumulation, clipping, schedules -------------------------------------------------------------------
+# --- bound updates -----------------------------------------------------------------------------------------
 
 
-def accumulating(rank: int, endpoint: str) -> dict[str, Any]:
-    ddp, state = coded(mlp(), endpoint)
-    loader = state.loader(dataset(), batch_size=BATCH // 2, accumulate=2)
+def accumulating(rank: int, job: Job) -> Any:
+    """A replayed step leaves out as many batches as a step takes."""
+    ddp, state = job.wrap(mlp())
+    loader = state.loader(dataset(), batch_size=BATCH // 2)
     optimizer = qgc.CodedAdamW(ddp.parameters(), state, lr=1e-2, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1, div_factor=20)
     state.bind(optimizer, scheduler=scheduler, max_grad_norm=0.5)
-    witness = Witness(state)
-    with job(state):
-        for x, y in loader:
-            fall_behind(rank, state)
-            last = state.replica.in_step  # the first of two micro-batches has begun the step
-            with contextlib.nullcontext() if last else ddp.no_sync():
-                (mse(ddp(x), y) / 2).backward()
-            if last:
-                state.update()
-        return witness.seen(lr=optimizer.param_groups[0]["lr"])
+    for i, (x, y) in enumerate(loader):
+        with contextlib.nullcontext() if i % 2 else ddp.no_sync():
+            (mse(ddp(x), y) / 2).backward()
+        if i % 2:
+            state.update()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 20 / 1e4)  # the schedule's end, in as many steps
+    return scheduler.state_dict()
 
 
-def test_accumulation_with_no_sync_clipping_and_a_schedule() -> None:
-    ranks = run(accumulating)
-    check_replicas(ranks)
-    assert ranks[0]["lr"] == pytest.approx(1e-2 / 20 / 1e4)  # the schedule's end, reached in as many steps
-
-
-# --- mixed precision --------------------------------------------------------------------------------------
-
-
-def half_precision(rank: int, endpoint: str, late: str) -> dict[str, Any]:
-    ddp, state = coded(mlp(), endpoint, late=late)
-    loader = state.loader(dataset(), batch_size=BATCH)
+def scaled(job: Job, rank: int, *, bound: bool) -> Any:
+    ddp, state = job.wrap(mlp(), late="fold" if bound else "drop")
+    loader = state.loader(dataset(12), batch_size=BATCH)
     optimizer = qgc.CodedAdam(ddp.parameters(), state, lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
-    if late == "fold":
+    if bound:
         state.bind(optimizer, scaler=scaler, max_grad_norm=1.0)
     else:
 
@@ -61,57 +50,104 @@ def half_precision(rank: int, endpoint: str, late: str) -> dict[str, Any]:
             optimizer.zero_grad()
 
         state.update, state.scaler = update, scaler
-    witness = Witness(state)
-    with job(state):
-        for x, y in loader:
-            fall_behind(rank, state)
-            with torch.autocast("cpu", dtype=torch.float16):
-                loss = mse(ddp(x), y)
-            if rank == 0 and state.step == 6:
-                loss = loss * torch.inf
-            scaler.scale(loss).backward()
-            state.update()
-        return witness.seen(scale=scaler.get_scale())
+    for x, y in loader:
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = mse(ddp(x), y)
+        if rank == 0 and state.step == 2:  # the last step that waits for all
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        state.update()
+    return scaler.get_scale()
 
 
-@pytest.mark.parametrize("late", ["fold", "drop"], ids=["bound", "own update"])
-def test_grad_scaler_with_an_overflow_on_one_rank(late: str) -> None:
-    ranks = run(half_precision, late)
-    check_replicas(ranks, changed=False)
-    unchanged = [step for step in range(STEPS) if ranks[0]["digests"][step] == ranks[0]["digests"][step + 1]]
-    assert unchanged == [6]  # skipped on every rank, though one overflowed
-    assert ranks[0]["scale"] == 2.0**10 * 2 * 2 / 2  # doubled after steps 2 and 5, halved after step 6
+def scaled_and_bound(rank: int, job: Job) -> Any:
+    return scaled(job, rank, bound=True)
 
 
-def brain_float(rank: int, endpoint: str) -> dict[str, Any]:
-    ddp, state = coded(mlp(), endpoint)
-    loader = state.loader(dataset(), batch_size=BATCH)
+def scaled_by_an_own_update(rank: int, job: Job) -> Any:
+    return scaled(job, rank, bound=False)
+
+
+def brain_float(rank: int, job: Job) -> Any:
+    ddp, state = job.wrap(mlp())
     optimizer = torch.optim.Adam(ddp.parameters(), lr=1e-2)  # torch's own, bound
     state.bind(optimizer)
-    witness = Witness(state)
-    with job(state):
-        for x, y in loader:
-            fall_behind(rank, state)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = mse(ddp(x), y)
-            loss.backward()
+    for x, y in state.loader(dataset(), batch_size=BATCH):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = mse(ddp(x), y)
+        loss.backward()
+        state.update()
+    return None
+
+
+def two_optimizers(rank: int, job: Job) -> Any:
+    ddp, state = job.wrap(mlp())
+    weights, biases = ([p for p in ddp.parameters() if p.ndim == n] for n in (2, 1))
+    optimizers = [qgc.CodedAdam(weights, state, lr=1e-2), torch.optim.SGD(biases, lr=0.05)]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
+    state.bind(optimizers, scheduler=schedulers, max_grad_norm=1.0)
+    for x, y in state.loader(dataset(), batch_size=BATCH):
+        mse(ddp(x), y).backward()
+        state.update()
+    rates = [o.param_groups[0]["lr"] for o in optimizers]
+    assert rates == pytest.approx([1e-2 * 0.9**STEPS, 0.05 * 0.9**STEPS])
+    return rates
+
+
+def averaged_and_scheduled_by_hand(rank: int, job: Job) -> Any:
+    """before= and after= take what the loop body would have done."""
+    ddp, state = job.wrap(mlp())
+    optimizer, ema = torch.optim.SGD(ddp.parameters(), lr=0.1), mlp()
+    state.verify_also(ema=ema)
+
+    def set_rate(step: int) -> None:
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+
+    @torch.no_grad()
+    def average(step: int) -> None:
+        for old, new in zip(ema.parameters(), ddp.parameters()):
+            old.lerp_(new, 0.1)
+
+    state.bind(optimizer, before=set_rate, after=average)
+    for _ in range(2):
+        for x, y in state.loader(dataset(), batch_size=BATCH):
+            mse(ddp(x), y).backward()
             state.update()
-        return witness.seen()
+    return ema
 
 
-def test_bf16_autocast_with_a_plain_torch_optimizer() -> None:
-    check_replicas(run(brain_float))
+BOUND = {
+    f.__name__: Case(f, replays=True, **options)
+    for f, options in [
+        (accumulating, {}),
+        (scaled_and_bound, {"steps": 12}),
+        (scaled_by_an_own_update, {"steps": 12}),
+        (brain_float, {}),
+        (two_optimizers, {}),
+        (averaged_and_scheduled_by_hand, {"steps": 2 * STEPS}),
+    ]
+}
 
 
-def scaled_differently(rank: int, scaled: str, plain: str) -> list[str]:
+@pytest.fixture(scope="module")
+def bound() -> Any:
+    return run_cases(BOUND)
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_late_steps_are_replayed_by_the_bound_update(bound: Any, name: str) -> None:
+    check_case([rank[name] for rank in bound], BOUND[name])
+
+
+def scaled_differently(rank: int, with_scaler: str, plain: str) -> list[str]:
     digests = []
-    for endpoint in (scaled, plain):
+    for endpoint in (with_scaler, plain):
         ddp, state = coded(mlp(), endpoint, bits_per_coordinate=32, deadline_s=None)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
         # As if the payloads of one step had been made at three scales, which is what folding late ones can lead to.
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0 ** (rank + 1), enabled=endpoint == scaled)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0 ** (rank + 1), enabled=endpoint == with_scaler)
         state.bind(optimizer, scaler=scaler)
-        with job(state):
+        with closing(state):
             for x, y in state.loader(dataset(), batch_size=BATCH):
                 scaler.scale(mse(ddp(x), y)).backward()
                 state.update()
@@ -124,7 +160,7 @@ def test_gradients_travel_without_the_scale_of_the_loss() -> None:
     assert len(digests) == 1
 
 
-# --- models and DDP's options -----------------------------------------------------------------------------
+# --- models and DDP's options, thin ---------------------------------------------------------------------------
 
 
 class Tied(torch.nn.Module):
@@ -153,121 +189,45 @@ class Checkpointed(torch.nn.Module):
         return self.layers[2](checkpoint(self.layers[1], hidden, use_reentrant=self.use_reentrant))
 
 
-def normalized() -> torch.nn.Module:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(6, 20), torch.nn.BatchNorm1d(20), torch.nn.ReLU(), torch.nn.Linear(20, 1)]
-    return torch.nn.Sequential(*layers)
-
-
 MODELS: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any]]] = {
     "tied and frozen": (Tied, {}),
     "checkpointed": (lambda: Checkpointed(use_reentrant=False), {}),
     "checkpointed, reentrant": (lambda: Checkpointed(use_reentrant=True), {}),
     "checkpointed, reentrant, static graph": (lambda: Checkpointed(use_reentrant=True), {"static_graph": True}),
-    "static graph": (mlp, {"static_graph": True}),
-    "gradients in buckets": (mlp, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.0001}),
-    "BatchNorm": (normalized, {}),
+    "gradients in small buckets": (mlp, {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.0001}),
 }
 
 
-def train_model(rank: int, endpoint: str, name: str, backend: str | None = None) -> dict[str, Any]:
-    make, options = MODELS[name]
-    ddp, state = coded(make(), endpoint, ddp=options)
-    loader = state.loader(dataset(), batch_size=BATCH)
-    optimizer = qgc.CodedSGD(ddp.parameters(), state, lr=0.05, momentum=0.9)
-    compiled = CompileCounterWithBackend(backend)
-    model = ddp if backend is None else torch.compile(ddp, backend=compiled)
-    frozen = [p.clone() for p in ddp.parameters() if not p.requires_grad]
-    witness = Witness(state)
-    with job(state):
-        for x, y in loader:
-            fall_behind(rank, state)
+def training(name: str, backend: str | None = None) -> Case:
+    def train(rank: int, job: Job) -> Any:
+        make, options = MODELS[name]
+        ddp, state = job.wrap(make(), ddp=options)
+        optimizer = qgc.CodedSGD(ddp.parameters(), state, lr=0.05, momentum=0.9)
+        compiled = CompileCounterWithBackend(backend)
+        model = ddp if backend is None else torch.compile(ddp, backend=compiled)
+        frozen = [p.clone() for p in ddp.parameters() if not p.requires_grad]
+        for x, y in state.loader(dataset(), batch_size=BATCH):
             mse(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-        state.sync_buffers()
-        buffers = [b.tolist() for b in ddp.buffers()]
         assert all(torch.equal(p, q) for p, q in zip(frozen, (p for p in ddp.parameters() if not p.requires_grad)))
-        return witness.seen(buffers=buffers, compiled=compiled.frame_count > 0)
+        assert backend is None or compiled.frame_count > 0
 
-
-def train_models(rank: int, *endpoints: str) -> dict[str, dict[str, Any]]:
-    return {name: train_model(rank, endpoint, name) for name, endpoint in zip(MODELS, endpoints)}
+    return Case(train)
 
 
 @pytest.fixture(scope="module")
-def trained_models() -> list[dict[str, dict[str, Any]]]:
-    return run(train_models, jobs=len(MODELS))
+def trained_models() -> Any:
+    return run_cases({name: training(name) for name in MODELS})
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_and_options_of_ddp(trained_models: list[dict[str, dict[str, Any]]], name: str) -> None:
-    check_replicas([rank[name] for rank in trained_models])
+def test_models_and_options_of_ddp(trained_models: Any, name: str) -> None:
+    check_case([rank[name] for rank in trained_models], training(name))
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_ddp(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers in each rank
-    ranks = run(train_model, "tied and frozen", backend, timeout_s=200.0)
-    check_replicas(ranks)
-    assert ranks[0]["compiled"]
-
-
-# --- several models, several optimizers --------------------------------------------------------------------
-
-
-def two_optimizers(rank: int, endpoint: str) -> dict[str, Any]:
-    ddp, state = coded(mlp(), endpoint)
-    loader = state.loader(dataset(), batch_size=BATCH)
-    weights, biases = ([p for p in ddp.parameters() if p.ndim == n] for n in (2, 1))
-    optimizers = [qgc.CodedAdam(weights, state, lr=1e-2), torch.optim.SGD(biases, lr=0.05)]
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in optimizers]
-    state.bind(optimizers, scheduler=schedulers, max_grad_norm=1.0)
-    witness = Witness(state)
-    with job(state):
-        for x, y in loader:
-            fall_behind(rank, state)
-            mse(ddp(x), y).backward()
-            state.update()
-        return witness.seen(lr=[o.param_groups[0]["lr"] for o in optimizers])
-
-
-def test_two_optimizers_on_one_model() -> None:
-    ranks = run(two_optimizers)
-    check_replicas(ranks)
-    assert ranks[0]["lr"] == pytest.approx([1e-2 * 0.9**STEPS, 0.05 * 0.9**STEPS])
-
-
-def two_models(rank: int, first: str, second: str) -> list[dict[str, Any]]:
-    """A generator and a discriminator, trained in turns."""
-    torch.manual_seed(0)
-    generator, of_g = coded(mlp(), first)
-    discriminator, of_d = coded(
-        torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)), second
-    )
-    qgc.CodedAdam(generator.parameters(), of_g, lr=1e-2, betas=(0.5, 0.9))
-    qgc.CodedAdam(discriminator.parameters(), of_d, lr=1e-2)
-    loader = of_d.loader(dataset(), batch_size=BATCH, together=[of_g])
-    witnesses = [Witness(of_g), Witness(of_d)]
-    noise = torch.Generator().manual_seed(rank)
-    guess = torch.nn.functional.binary_cross_entropy_with_logits
-    with job(of_g, of_d):
-        for _, y in loader:
-            fall_behind(rank, of_d, of_g)
-            z = torch.randn(BATCH, 6, generator=noise)
-            with torch.no_grad():
-                fake = generator(z)
-            logits = discriminator(torch.cat([y, fake]))
-            guess(logits, torch.cat([torch.ones_like(y), torch.zeros_like(y)])).backward()
-            of_d.update()
-            logits = discriminator.module(generator(z))  # past DDP: this pass trains the generator alone
-            guess(logits, torch.ones_like(y)).backward()
-            of_g.update()
-            discriminator.zero_grad()
-        return [witness.seen() for witness in witnesses]
-
-
-def test_two_models_that_take_turns() -> None:
-    ranks = run(two_models, jobs=2)
-    for model in range(2):
-        check_replicas([rank[model] for rank in ranks])
+    case = training("tied and frozen", backend)
+    check_case([rank["compiled"] for rank in run_cases({"compiled": case})], case)

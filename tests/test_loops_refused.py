@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.loops import BATCH, coded, dataset, mlp, mse, run
+from helpers.loops import coded, dataset, mlp, mse, run
 
 import torch_qgc as qgc
 
@@ -83,28 +83,6 @@ def hook_forgotten(rank: int, endpoint: str) -> str:
     return attempt(lambda: one_step(ddp, state.update))
 
 
-def second_model_left_out(rank: int, first: str, second: str) -> str:
-    (one, of_one), (two, of_two) = coded(mlp(), first), coded(mlp(), second)
-    update = qgc.CodedSGD(one.parameters(), of_one, lr=0.1).step
-    other = qgc.CodedSGD(two.parameters(), of_two, lr=0.1).step
-
-    def loop() -> None:
-        for x, y in of_one.loader(dataset(), batch_size=BATCH):
-            mse(one(x), y).backward()
-            update()
-            mse(two(x), y).backward()
-            other()
-
-    return attempt(loop)
-
-
-def two_coded_optimizers(rank: int, endpoint: str) -> str:
-    ddp, state = coded(mlp(), endpoint)
-    for p in ddp.parameters():
-        qgc.CodedSGD([p], state, lr=0.1)
-    return attempt(lambda: next(iter(state.loader(dataset(), batch_size=BATCH))))
-
-
 def optimizer_of_another_model(rank: int, endpoint: str) -> str:
     _, state = coded(mlp(), endpoint)
     return attempt(lambda: state.bind(torch.optim.SGD(mlp().parameters(), lr=0.1)))
@@ -118,23 +96,18 @@ ERRORS: dict[str, tuple[Callable[..., str], tuple[Any, ...], str]] = {
     "Join": (joined, (), "state.loader(...) gives every rank's loop the same number of steps"),
     "unfrozen": (unfrozen, (), "make DDP and QGCState again"),
     "no hook": (hook_forgotten, (), "model.register_comm_hook(state, qgc.qgc_hook)"),
-    "second model": (second_model_left_out, (), "together=[this_state]"),
-    "two coded optimizers": (two_coded_optimizers, (), "got 4 coded optimizers"),
     "another model's": (optimizer_of_another_model, (), "its own optimizer and its own state"),
 }
 
 
 def errors(rank: int, *endpoints: str) -> dict[str, str]:
     free = list(endpoints)
-    return {
-        name: function(rank, *(free.pop() for _ in range(2 if name == "second model" else 1)), *args)
-        for name, (function, args, _) in ERRORS.items()
-    }
+    return {name: function(rank, free.pop(), *args) for name, (function, args, _) in ERRORS.items()}
 
 
 @pytest.fixture(scope="module")
 def raised() -> list[dict[str, str]]:
-    return run(errors, jobs=len(ERRORS) + 1)
+    return run(errors, jobs=len(ERRORS))
 
 
 @pytest.mark.parametrize("name", ERRORS)

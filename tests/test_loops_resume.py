@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.loops import BATCH, LATE, RANKS, Witness, coded, dataset, fall_behind, job, mlp
+from helpers.loops import BATCH, LATE, RANKS, Late, Witness, closing, coded, dataset, mlp
 from helpers.ranks import aggregators, run_ranks
+from helpers.replicas import FakeReplica
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
 from torch_qgc.ddp.loader import CodedLoader, make_loader
-from torch_qgc.planner import Plan, make_plan
+from torch_qgc.planner import make_plan
 from torch_qgc.worker.checkpoint import Checkpoint
 
 EPOCHS, STEPS_PER_EPOCH = 3, 6
@@ -29,7 +30,6 @@ class Run:
         self.loader = self.state.loader(dataset(STEPS_PER_EPOCH), batch_size=batch_size)
         self.optimizer = qgc.CodedAdam(self.ddp.parameters(), self.state, lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, EPOCHS * STEPS_PER_EPOCH)
-        self.state.bind(self.optimizer, scheduler=self.scheduler, max_grad_norm=1.0)
         self.losses: dict[int, float] = {}
 
     def parts(self) -> dict[str, Any]:
@@ -54,11 +54,13 @@ class Run:
     def train(self, rank: int, *, stop_at: int = EPOCHS * STEPS_PER_EPOCH) -> None:
         while self.loader.sampler.epoch < EPOCHS:
             for x, y in self.loader:
-                fall_behind(rank, self.state)
                 step = self.state.step
                 loss = torch.nn.functional.mse_loss(self.ddp(x), y)
                 loss.backward()
-                self.state.update()
+                torch.nn.utils.clip_grad_norm_(self.ddp.parameters(), 1.0)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
                 self.losses[step] = float(loss)
                 if self.state.step == stop_at:
                     return
@@ -68,7 +70,7 @@ class Run:
 
 def interrupted(rank: int, whole: str, before: str, after: str, stop_at: int) -> tuple[dict[int, float], ...]:
     runs = [Run(endpoint, deadline_s=None) for endpoint in (whole, before, after)]
-    with job(*(run.state for run in runs)):
+    with closing(*(run.state for run in runs)):
         runs[0].train(rank)
         runs[1].train(rank, stop_at=stop_at)
         runs[2].load(runs[1].save())
@@ -89,18 +91,20 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(stop_at: int) -> N
 
 def save_late_run(rank: int, endpoint: str) -> tuple[bytes, list[float], int]:
     run = Run(endpoint)
-    with job(run.state):
+    if rank == LATE:
+        Late(run.ddp, run.state, {4})
+    with closing(run.state):
         run.train(rank, stop_at=STEPS_PER_EPOCH + 2)
         saved = run.save()
-    return saved, run.state.report().rates.tolist(), run.state.report().replayed_steps
+    return saved, run.state.report().rates.tolist(), run.state.report().thin_steps
 
 
 def go_on(rank: int, endpoint: str, saved: bytes, batch_size: int) -> dict[str, Any]:
     run = Run(endpoint, batch_size=batch_size)
     run.load(saved)
-    begun = (run.state.step, run.loader.sampler.epoch, run.loader.steps_done, run.loader.steps)
-    witness = Witness(run.state)
-    with job(run.state):
+    begun = (run.state.step, run.loader.state_dict(), len(run.loader))
+    witness = Witness(run.ddp, run.state)
+    with closing(run.state):
         run.train(rank, stop_at=run.state.step + 5)
         return witness.seen(begun=begun, straggle_probs=run.state.plan.straggle_probs.tolist())
 
@@ -118,7 +122,7 @@ def test_another_number_of_workers_goes_on_at_the_same_step_and_sample(ranks: in
     # 8 steps of 3 x 4 samples were made, 2 of them in the second epoch of 72 samples.
     per_step = ranks * batch_size
     for rank in after:
-        assert rank["begun"] == (8, 1, 24 // per_step, 72 // per_step)
+        assert rank["begun"] == (8, {"epoch": 1, "samples": 24 // per_step * per_step}, 72 // per_step)
         assert rank["digests"] == after[0]["digests"]
         assert set(rank["digests"]) == set(range(8, 14))
         expected = 1 - np.array(rates) if ranks == RANKS else np.full(ranks, 0.05)
@@ -128,20 +132,6 @@ def test_another_number_of_workers_goes_on_at_the_same_step_and_sample(ranks: in
 # --- positions, without processes --------------------------------------------------------------------------
 
 
-class State:
-    """A QGCState as far as the loader can see: every batch is a step."""
-
-    may_be_late = in_step = False
-
-    def __init__(self, workers: int = 2) -> None:
-        self.plan: Plan = make_plan([0.1] * workers)
-        self.worker, self.spec, self.step = 0, SimpleNamespace(workers=workers), 0
-
-    def check_replayable(self) -> None: ...
-    def catch_up(self, end_step: int) -> None: ...
-    def await_step(self, end_step: int) -> None: ...
-
-
 class Augmented(TensorDataset):
     """Samples with noise from the random numbers that a loader's process was started with."""
 
@@ -149,77 +139,94 @@ class Augmented(TensorDataset):
         return index + float(torch.rand(()))
 
 
-def loader_of(state: State, **options: Any) -> CodedLoader:
-    return make_loader(state, Augmented(torch.arange(48)), batch_size=3, accumulate=2, seed=4, **options)
+def loader_of(replica: FakeReplica, **options: Any) -> CodedLoader:
+    return make_loader(replica, Augmented(torch.arange(48)), batch_size=3, seed=4, **options)  # type: ignore[arg-type]
 
 
-def take(loader: CodedLoader, state: State, steps: int) -> list[list[float]]:
-    """Train for some steps of two batches; the rest of the epoch is left."""
+def fresh(workers: int = 2, **options: Any) -> CodedLoader:
+    return loader_of(FakeReplica(make_plan([0.1] * workers)), **options)
+
+
+def take(loader: CodedLoader, batches: int) -> list[list[float]]:
+    """Train on some batches; the rest of the epoch is left."""
+    replica: Any = loader._replica
     seen = []
-    for i, batch in enumerate(loader):
+    for batch in loader:
         seen.append(batch.tolist())
-        state.in_step = i % 2 == 0  # type: ignore[misc]
-        state.step += i % 2
-        if i == 2 * steps - 1:
+        replica.make_step()
+        if len(seen) == batches:
             break
     return seen
 
 
+def indices(batches: list[list[float]]) -> list[list[int]]:
+    return [[int(value) for value in batch] for batch in batches]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_loader_goes_on_with_the_very_next_batch(num_workers: int) -> None:
-    def fresh() -> tuple[CodedLoader, State]:
-        state = State()
-        return loader_of(state, num_workers=num_workers), state
-
-    def indices(batches: list[list[float]]) -> list[list[int]]:
-        return [[int(value) for value in batch] for batch in batches]
-
-    loader, state = fresh()
-    whole = take(loader, state, 4)
-    loader, state = fresh()
-    first = take(loader, state, 3)
+    whole = take(fresh(num_workers=num_workers), 8)
+    loader = fresh(num_workers=num_workers)
+    first = take(loader, 6)
     saved = loader.state_dict()
-    assert saved == {"epoch": 0, "samples": 3 * 2 * 2 * 3}
-    loader, state = fresh()
-    state.step = 3
+    assert saved == {"epoch": 0, "samples": 6 * 2 * 3}
+    loader = fresh(num_workers=num_workers)
     loader.load_state_dict(saved)
     next(iter(loader))  # a look at a batch takes no step
     assert loader.state_dict() == saved
-    assert indices(first) + indices(take(loader, state, 1)) == indices(whole)
-    saved = loader.state_dict()
-    assert saved == {"epoch": 0, "samples": 48}  # the last step was made, the loop was not left yet
-    loader, state = fresh()
-    loader.load_state_dict(saved)
-    assert list(loader) == []
-    assert loader.state_dict() == {"epoch": 1, "samples": 0}
+    assert indices(first) + indices(take(loader, 2)) == indices(whole)
+    assert loader.state_dict() == {"epoch": 0, "samples": 48}  # the last step was made, the loop was left in its body
+    assert len(take(loader, 9)) == 8
+    assert loader.state_dict() == {"epoch": 2, "samples": 0}
 
 
 def test_random_numbers_of_loading_processes_depend_on_the_epoch_alone() -> None:
-    state, again = State(), State()
-    loader, other = loader_of(state, num_workers=1), loader_of(again, num_workers=1)
-    take(loader, state, 4)
-    state.in_step = again.in_step = False  # type: ignore[misc]
+    loader, other = fresh(num_workers=1), fresh(num_workers=1)
+    take(loader, 4)
     loader.set_epoch(1)
     other.set_epoch(1)
-    assert take(loader, state, 2) == take(other, again, 2)
+    assert take(loader, 2) == take(other, 2)
 
 
 def test_an_epoch_that_is_chosen_starts_at_its_beginning() -> None:
-    state = State()
-    loader = loader_of(state)
+    loader = fresh()
     loader.load_state_dict({"epoch": 2, "samples": 24})
     loader.set_epoch(2)
-    assert loader.steps_done == 2
+    assert loader.state_dict() == {"epoch": 2, "samples": 24}
     loader.set_epoch(3)
     assert loader.state_dict() == {"epoch": 3, "samples": 0}
 
 
-@pytest.mark.parametrize(("workers", "steps"), [(2, 3), (1, 7), (3, 2), (8, 0)])
-def test_positions_are_samples_and_round_down_to_steps(workers: int, steps: int) -> None:
-    state = State(workers)
-    loader = make_loader(state, TensorDataset(torch.arange(400)), batch_size=5, seed=4)
+@pytest.mark.parametrize("how", ["break", "exception"])
+def test_leaving_an_epoch_early_begins_the_order_of_the_next_one(how: str) -> None:
+    loader, orders = fresh(), []
+    for epoch in range(3):
+        if how == "break":
+            orders.append(take(loader, 2))
+        else:
+            with contextlib.suppress(ZeroDivisionError):
+                for batch in loader:
+                    orders.append([batch.tolist()])
+                    loader._replica.make_step()  # type: ignore[attr-defined]
+                    _ = 1 / 0
+        assert loader.state_dict() == {"epoch": epoch, "samples": len(orders[-1]) * 6}
+    assert len({str(indices(order)) for order in orders}) == 3
+
+
+def test_loops_that_make_no_steps_change_nothing() -> None:
+    loader = fresh()
+    looks = [indices([next(iter(loader)).tolist()]) for _ in range(2)]
+    assert looks[0] == looks[1] == indices(take(loader, 1))
+    assert loader.state_dict() == {"epoch": 0, "samples": 6}
+
+
+@pytest.mark.parametrize(("workers", "batches"), [(2, 3), (1, 7), (3, 2), (8, 0)])
+def test_positions_are_samples_and_round_down_to_batches(workers: int, batches: int) -> None:
+    replica: Any = FakeReplica(make_plan([0.1] * workers))
+    loader = make_loader(replica, TensorDataset(torch.arange(400)), batch_size=5, seed=4)
     loader.load_state_dict({"epoch": 0, "samples": 37})
-    assert loader.steps_done == steps
+    assert loader.state_dict() == {"epoch": 0, "samples": batches * 5 * workers}
+    assert len(list(loader)) == len(loader) - batches
 
 
 def test_what_is_no_checkpoint_is_refused_by_what_it_holds() -> None:

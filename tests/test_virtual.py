@@ -367,7 +367,8 @@ def test_workers_that_leave_at_the_same_step_are_compared_before_they_go() -> No
     def work(member: Member) -> None:
         match.compute(member, 0.1)
         match.world.sleep(float(member.worker))
-        member.connection.say_goodbye(1, {"parameters": "same"}, 60.0)
+        member.connection.send_hash(1, {"parameters": "same"})
+        member.connection.say_goodbye(1, 60.0)
         assert member.connection.session.agreed_step == 1
         member.connection.close()
 

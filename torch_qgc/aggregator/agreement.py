@@ -39,16 +39,23 @@ class Agreement:
         self._marks.setdefault(mark.number, {})[worker] = mark
         _bound(self._marks)
 
+    def forget(self, worker: int) -> None:
+        """Drop the word of a worker that was lost: its loop ended where it died."""
+        for stated in self._stated.values():
+            stated.pop(worker, None)
+        for marks in self._marks.values():
+            marks.pop(worker, None)
+
     def settle(self, alive: AbstractSet[int]) -> Verdict:
         """Compare what is complete."""
         verdict = Verdict()
-        for step in [s for s, stated in self._stated.items() if alive <= stated.keys()]:
+        for step in [s for s, stated in self._stated.items() if stated and alive <= stated.keys()]:
             stated = self._stated.pop(step)
             verdict.problem = verdict.problem or self._difference(step, stated)
             if verdict.problem is None:
                 self._agreed_step = max(self._agreed_step, step)
                 verdict.messages.append(Agreed(step))
-        for number in [n for n, marks in self._marks.items() if alive <= marks.keys()]:
+        for number in [n for n, marks in self._marks.items() if marks and alive <= marks.keys()]:
             marks = self._marks.pop(number)
             verdict.messages.append(Marked(number, max(mark.step for mark in marks.values())))
             verdict.problem = verdict.problem or _unequal_ends(marks)

@@ -167,7 +167,8 @@ class CodedLoader:
         self._replica, self._loader, self._thinner, self._seed = replica, loader, thinner, seed
         self.sampler = sampler
         self._handed = 0  # batches of the epoch that were handed out or left out
-        self._resume_at = 0  # batches of the epoch that were handed out before a checkpoint
+        self._start = 0  # batches of the epoch that were handed out before a checkpoint
+        self._begun_at: int | None = None  # the step at which the epoch was begun
         self._per_step = 1  # batches that a step takes, as the newest full step has shown
         self._leave_out = 0  # batches of replayed steps
         self._keep = sampler.batch_size  # samples that are loaded of the next batch
@@ -180,25 +181,35 @@ class CodedLoader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes; without it each iteration takes the next one."""
         if epoch != self.sampler.epoch:
-            self._resume_at = self._handed = 0
+            self._start = 0
+        self._begun_at = None
         self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over an epoch; however it ends, the next iteration takes the next epoch's order."""
-        epoch, sampler = self.sampler.epoch, self.sampler
-        self._handed, self._resume_at = self._resume_at, 0
-        sampler.skip = self._handed
+        """Iterate over an epoch; if it makes steps, the next iteration takes the next order, even if it is left early.
+
+        A look at some batches changes nothing: ranks need not look alike.
+        """
+        self._go_on()
+        self._begun_at = self._replica.step
+        self._handed = self.sampler.skip = self._start
         if self._seed is not None and self._loader.generator is not None:
-            self._loader.generator.manual_seed(self._seed + epoch)
-        try:
-            yield from self._thinner.loop(self._epoch(), self._another)
-        finally:
-            if sampler.epoch == epoch:
-                sampler.set_epoch(epoch + 1)
-                self._handed = 0
+            self._loader.generator.manual_seed(self._seed + self.sampler.epoch)
+        yield from self._thinner.loop(self._epoch(), self._another)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Take the next epoch's order from now on, if this one's has made steps, or had none left to make."""
+        if self._made_steps or (self._begun_at is not None and self._start == len(self.sampler)):
+            self.sampler.set_epoch(self.sampler.epoch + 1)
+            self._start, self._begun_at = 0, None
+
+    @property
+    def _made_steps(self) -> bool:
+        return self._begun_at is not None and self._replica.step > self._begun_at
 
     def _epoch(self) -> Iterator[Any]:
         ahead = self._loader.num_workers > 0  # batches are loaded before it is known which steps close
@@ -249,7 +260,7 @@ class CodedLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, and the samples that all workers together have drawn in it."""
-        done = max(self._handed, self._resume_at)
+        done = self._handed if self._made_steps else self._start
         return {"epoch": self.sampler.epoch, "samples": done * self._samples_per_batch}
 
     def load_state_dict(self, position: dict[str, int]) -> None:
@@ -259,9 +270,8 @@ class CodedLoader:
         again rather than left out. Batches that are skipped are not loaded; random numbers that the data set itself
         takes (augmentation) are torch's, and not part of the position.
         """
-        self.sampler.set_epoch(int(position["epoch"]))
-        self._handed = 0
-        self._resume_at = min(int(position["samples"]) // self._samples_per_batch, len(self.sampler))
+        self.set_epoch(int(position["epoch"]))
+        self._start = min(int(position["samples"]) // self._samples_per_batch, len(self.sampler))
 
     @property
     def _samples_per_batch(self) -> int:

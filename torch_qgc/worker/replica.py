@@ -332,10 +332,15 @@ class Replica:
             )
         if self._backward_left_out:
             missing = self.joined()[1].without_gradient()
-            named = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}" if missing else "some of them"
+            if not missing:
+                self._refuse(
+                    "a backward pass has ended, but its gradient was not exchanged. Was the hook registered "
+                    "(model.register_comm_hook(state, qgc.qgc_hook))? Else a parameter is not in the loss"
+                )
             self._refuse(
-                f"expected a gradient of every parameter, got none of {named}: freeze it (requires_grad_(False)) "
-                "before DDP(model), or let the loss depend on it in every step"
+                f"expected a gradient of every parameter, got none of {', '.join(missing[:8])}"
+                f"{' ...' if len(missing) > 8 else ''}: freeze it (requires_grad_(False)) before DDP(model), or let "
+                "the loss depend on it in every step"
             )
 
     def _refuse(self, problem: str) -> None:

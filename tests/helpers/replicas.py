@@ -1,0 +1,51 @@
+"""A replica as far as loaders can see: which steps close without it is known beforehand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch_qgc.planner import Plan
+
+
+class FakeReplica:
+    """Steps are made by `make_step`.
+
+    Args:
+        plan: the job's.
+        worker: its number.
+        late: steps that close without it.
+        bound: late steps may be replayed.
+    """
+
+    in_training_thread = True
+
+    def __init__(self, plan: Plan, worker: int = 0, late: frozenset[int] = frozenset(), *, bound: bool = False) -> None:
+        self.plan, self.worker, self.late = plan, worker, late
+        self.spec = SimpleNamespace(workers=plan.num_workers)
+        self.update = SimpleNamespace(known=bound)
+        self.may_be_late = bool(late)
+        self.in_step = self.awaits_backward = False
+        self.step = self.abandoned_steps = 0
+        self.others_step = 0  # at which the others' loops end
+        self.replayed: list[int] = []
+        self.ends: list[tuple[int, int]] = []  # of loops: the step, and the batches owed
+
+    def missed(self) -> bool:
+        return self.step in self.late
+
+    def decide_again(self) -> None: ...
+
+    def state_now(self) -> None: ...
+
+    def replay(self) -> None:
+        self.replayed.append(self.step)
+        self.step += 1
+
+    def make_step(self) -> None:
+        """Make the step that is next."""
+        self.in_step = self.awaits_backward = False
+        self.step += 1
+
+    def loop_ended(self, *, owed: int) -> int:
+        self.ends.append((self.step, owed))
+        return max(self.others_step - self.step, 0) if owed else 0
