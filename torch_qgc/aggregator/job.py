@@ -114,17 +114,10 @@ class Job:
                 "others go on)",
                 now,
             )
-<<<<<<< HEAD
         else:
             self._send(EVERYBODY, messages.Gone(worker, "lost"))
+            self._agreement.forget(worker)
             self._settle_agreement(now)
-=======
-            return
-        self._send(EVERYBODY, messages.Gone(worker, "lost"))
-        self._agreement.forget(worker)
-        self._settle_agreement(now)
-        self.close_due(now)
->>>>>>> loops
 
     def fail(self, text: str, now: float) -> None:
         """End the job on every rank."""
