@@ -1,0 +1,1 @@
+"""Frameworks that own the training loop: one module for each, which needs that framework."""
