@@ -85,6 +85,7 @@ class Aggregator:
         if self.job is None or self.failed is not None:
             return
         self.job.close_due(now)
+        self.job.say_who_is_waited_for(now)
         self._collect()
         if now >= self._next_ping_at_s:
             self._next_ping_at_s = now + self._ping_interval_s

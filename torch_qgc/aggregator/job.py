@@ -24,6 +24,7 @@ from torch_qgc.protocol.contract import JobSpec
 __all__ = ["Job"]
 
 Frame = Any  # bytes, memoryview or another buffer
+SAY_EVERY_S = 10.0  # after so long it is said who is waited for
 EVERYBODY = None  # in the outbox: all workers that are in
 
 
@@ -70,6 +71,7 @@ class Job:
         self._agreement = Agreement()
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
         self._has_been_late: set[int] = set()
+        self._watched_step, self._watched_since_s, self._said_at_s = -1, now, now
         self._trace = trace
 
     # --- members come and go ----------------------------------------------------------------------------
@@ -200,6 +202,20 @@ class Job:
             return
         for closing in self.rounds.close_due(now, chunks):
             self._publish(closing)
+
+    def say_who_is_waited_for(self, now: float) -> None:
+        """Name the workers that a step has been open for for long, now and then: nobody waits in silence."""
+        step, workers = self.rounds.waited_for()
+        if step != self._watched_step:
+            self._watched_step, self._watched_since_s, self._said_at_s = step, now, now
+        elif workers and now - self._said_at_s >= SAY_EVERY_S and step in self.rounds.began_at_s:
+            self._said_at_s = now
+            logger.warning(
+                "step %d has been open for %.0f s: it waits for workers %s",
+                step,
+                now - self._watched_since_s,
+                sorted(workers),
+            )
 
     def _publish(self, closing: Closing[Payload]) -> None:
         frames = self._decoder.decode(closing)

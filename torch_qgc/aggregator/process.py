@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import os
 import select
 import signal
@@ -102,6 +103,9 @@ def run(serving: Serving) -> int:
         raise ConfigError(
             f"index: expected a number in [0, {serving.count}), got {serving.index}: count aggregators from 0"
         )
+    logging.basicConfig(
+        format="%(asctime)s torch_qgc aggregator: %(message)s", level=logging.WARNING if serving.child else logging.INFO
+    )
     stopping = _stop_signals(ignore_interrupt=serving.child)
     clock = MonotonicClock()
     with contextlib.ExitStack() as stack:

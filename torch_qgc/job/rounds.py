@@ -211,6 +211,11 @@ class Rounds(Generic[T]):
         due = [c for c in (self.chunks if chunks is None else chunks) if self._is_due(self._open[c], now, awaited)]
         return [self._close(chunk, now) for chunk in due]
 
+    def waited_for(self) -> tuple[int, frozenset[int]]:
+        """Return the oldest open step, and the workers that it is open for: alive, and not in it."""
+        present = [r.present for r in self._open.values() if r.step == self.oldest]
+        return self.oldest, self.roster.awaited - frozenset.intersection(*map(frozenset, present))
+
     def next_deadline_s(self, now: float) -> float:
         """Return when the next deadline is; infinite if there is none ahead.
 

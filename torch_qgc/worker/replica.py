@@ -320,6 +320,11 @@ class Replica:
                 "ZeroRedundancyOptimizer broadcasts parameters in each step, so that every rank waits for the slowest: "
                 "use the optimizer that it wraps, or deadline_s=None"
             )
+        if isinstance(optimizer, torch.optim.LBFGS) and self.may_be_late:
+            self._refuse(
+                "LBFGS makes as many passes per step as its rank's own losses ask for, so ranks would disagree about "
+                "steps: use SGD, Adam or another optimizer that makes one, or deadline_s=None"
+            )
         self.statement.watch(optimizer)
         if exchanged:
             self.check_exchanged()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -28,15 +27,13 @@ class Statement:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._names: dict[int, str] = {}
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}  # kept: at the end all are still to be compared
         self._extra: dict[str, Verifiable] = {}
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """State an optimizer's hyperparameters from now on."""
-        if optimizer not in self._optimizers:
-            self._names[id(optimizer)] = f"{type(optimizer).__name__}{len(self._names) or ''}"
-            self._optimizers.add(optimizer)
+        if all(optimizer is not known for known in self._optimizers.values()):
+            self._optimizers[f"{type(optimizer).__name__}{len(self._optimizers) or ''}"] = optimizer
 
     def add(self, name: str, what: Verifiable) -> None:
         """State something else, too."""
@@ -45,8 +42,7 @@ class Statement:
     def parts(self) -> dict[str, str]:
         """Return what must be equal on all replicas now, by name."""
         stated = {"parameters": self._layout.parameter_digest()}
-        for optimizer in sorted(self._optimizers, key=lambda o: self._names[id(o)]):
-            name = self._names[id(optimizer)]
+        for name, optimizer in self._optimizers.items():
             for key, value in _hyperparameters(optimizer).items():
                 stated[f"{name}.{key}"] = value
         for name, what in self._extra.items():
