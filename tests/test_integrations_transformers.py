@@ -29,7 +29,7 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-from torch_qgc.integrations.transformers import QGCCallback  # noqa: E402
+from torch_qgc.integrations.transformers import QGCCallback, make_coded_inside  # noqa: E402
 
 RANKS, LATE, LATE_AT = 3, 1, 4
 BATCH, LENGTH = 4, 8
@@ -230,6 +230,44 @@ def test_what_would_wait_in_each_step_is_refused_or_switched_off(tmp_path: Path)
         assert "torch_compile" in said["compiled"]
         assert "average_tokens_across_devices" in said["tokens"]
         assert (said["off"], said["kept"]) == ("False", "True")
+
+
+def scaled_job(rank: int, endpoint: str) -> dict[str, Any]:
+    """accelerate swaps the optimizer's step to and fro where there is a scaler; the coded step has to stay in place."""
+    as_under_torchrun(rank)
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+    state = qgc.attach(model, network=qgc.Network(endpoints=(endpoint,)))
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = AcceleratedOptimizer(inner, scaler=state.scaler)
+    make_coded_inside(optimizer, state)
+    coded, found = [], []
+    plain = qgc.CodedAdamW._second_tracks
+
+    def noting(self: Any) -> Any:
+        coded.append(state.step)
+        return plain(self)
+
+    qgc.CodedAdamW._second_tracks = noting
+    for step in range(4):
+        loss = model(torch.ones(2, 4)).square().sum() * (torch.inf if step == 2 else 1.0)
+        state.scaler.scale(loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(optimizer.step_was_skipped)
+    state.close()
+    return {"class": type(inner).__name__, "coded": coded, "skipped": found}
+
+
+def test_a_coded_optimizer_inside_of_accelerates_wrapper_keeps_its_step_and_notices_overflows() -> None:
+    with aggregators(1) as endpoints:
+        ranks = run_ranks(scaled_job, endpoints[0], ranks=2)
+    for found in ranks:
+        assert found == {"class": "CodedAdamW", "coded": [1, 2, 4], "skipped": [False, False, True, False]}
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from torch_qgc.ddp.state import QGCState, attach
 from torch_qgc.ddp.thin import batch_size_of, first_samples
 from torch_qgc.errors import ConfigError
 
-__all__ = ["QGCCallback"]
+__all__ = ["QGCCallback", "make_coded_inside"]
 
 
 class QGCCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
