@@ -372,7 +372,9 @@ def test_garbage_never_crashes_the_aggregator(data: bytes, rest: list[bytes], me
 def test_replicas_that_differ_end_the_job_by_name(talk: Talk) -> None:
     talk.join(2)
     for worker, digest in enumerate(["aa", "aa", "bb"]):
-        talk.aggregator.receive(peer_of(worker), [messages.encode_message(messages.Hash(50, {"parameters": digest}))], now=0.0)
+        talk.aggregator.receive(
+            peer_of(worker), [messages.encode_message(messages.Hash(50, {"parameters": digest}))], now=0.0
+        )
     failures = [messages.decode_from_aggregator(frames[0]) for _, frames in talk.aggregator.drain()]
     assert len(failures) == 3
     assert all(isinstance(f, messages.Failed) and "[2]" in f.text and "step 50" in f.text for f in failures)
