@@ -7,7 +7,11 @@ READY := $(VENV)/.ready
 # One thread per process: tests and examples run several processes on few cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all check docs format clean
+# Tests that train on several processes, and all others: they run side by side, on two cores.
+PROCESSES := tests/loops $(wildcard tests/test_hook.py tests/test_loops*.py tests/test_strategy.py \
+	tests/test_integrations_*.py tests/test_examples_*.py)
+
+.PHONY: demo test test-processes test-others test-all check docs format clean
 
 # The editable install lists the package's files, so a file that comes or goes (it touches its folder) renews it.
 FOLDERS := $(shell find torch_qgc -type d -not -name __pycache__)
@@ -21,7 +25,13 @@ demo: $(READY)
 	$(PYTHON) examples/detection_mobilenetv3.py
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-processes test-others
+
+test-processes: $(READY)
+	$(PYTHON) -m pytest $(PROCESSES)
+
+test-others: $(READY)
+	$(PYTHON) -m pytest $(addprefix --ignore=,$(PROCESSES))
 
 test-all: $(READY)
 	$(PYTHON) -m pytest -m 'not gpu'

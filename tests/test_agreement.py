@@ -128,7 +128,7 @@ def test_hyperparameters_of_all_optimizers_are_stated_by_name_and_value() -> Non
     optimizers[0].param_groups[1]["lr"] = 0.3
     assert statement.parts()["SGD.lr"] == "0.1, 0.3"
     del optimizers, optimizer
-    assert not any(name.startswith(("SGD", "Adam")) for name in statement.parts())
+    assert "Adam1.lr" in statement.parts()  # at the end of a script, ranks forget their optimizers at different times
 
 
 def test_long_values_are_shortened_and_still_tell_a_difference() -> None:
