@@ -1,14 +1,17 @@
-"""Bounds of a job, and the plan it takes if it is given none."""
+"""From the arguments of QGCState to what a job agrees on: bounds, plan, closing rule, contract."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, make_plan
+from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.worker.layout import Layout
 
-__all__ = ["Limits", "choose_plan"]
+__all__ = ["Limits", "choose_plan", "closing_rule", "job_spec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +51,67 @@ def choose_plan(
     if straggle_probs is not None:
         raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")
     return plan
+
+
+def closing_rule(
+    *,
+    workers: int,
+    deadline_s: float | None,
+    late: Literal["fold", "drop"],
+    warmup_steps: int,
+    quorum: int | None,
+    on_loss: Literal["continue", "fail"],
+    limits: Limits,
+) -> ClosingRule:
+    """Return the rule of a DDP job; see `QGCState`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    if warmup_steps < 2:
+        raise ConfigError(f"warmup_steps: expected at least 2 (DDP rebuilds its buckets then), got {warmup_steps}")
+    return ClosingRule(
+        deadline_s=deadline_s,
+        late=late,
+        warmup_steps=warmup_steps,
+        quorum=quorum if quorum is not None else max(1, workers // 2),
+        max_staleness=limits.max_staleness,
+        on_loss=on_loss,
+    )
+
+
+def job_spec(
+    layout: Layout,
+    plan: Plan,
+    rule: ClosingRule,
+    *,
+    workers: int,
+    seed: int,
+    aggregators: int,
+    downlink_bits: int,
+    verify_every: int,
+    limits: Limits,
+) -> JobSpec:
+    """Return what all workers and aggregators of a DDP job must agree on, validated.
+
+    Raises:
+        ConfigError: values that cannot be, or contradict each other.
+    """
+    spec = JobSpec(
+        workers=workers,
+        numel=layout.numel,
+        chunk_numel=layout.chunk_numel,
+        layout_digest=layout.digest,
+        plan_digest=plan.digest(),
+        first_step=0,
+        seed=seed,
+        aggregators=aggregators,
+        downlink_bits=downlink_bits,
+        rule=rule,
+        verify_every=verify_every,
+        log_steps=limits.log_steps,
+        log_bytes=limits.log_bytes,
+        join_timeout_s=limits.join_timeout_s,
+    )
+    spec.validate(plan)
+    return spec

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler
-from torch.utils._pytree import tree_leaves
 
+from torch_qgc.ddp.forward import Forward
 from torch_qgc.ddp.loader import CodedLoader, FollowedLoader, Slice, Thinner, make_loader
 from torch_qgc.ddp.optim import make_coded, watch_optimizers
 from torch_qgc.ddp.rendezvous import (
@@ -20,12 +19,11 @@ from torch_qgc.ddp.rendezvous import (
     exchanged_parameters,
     start_aggregators,
 )
-from torch_qgc.ddp.settings import Limits, choose_plan
+from torch_qgc.ddp.settings import Limits, choose_plan, closing_rule, job_spec
 from torch_qgc.ddp.thin import first_samples
-from torch_qgc.errors import ConfigError
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.planner import Plan
-from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import sequence_number_of
 from torch_qgc.worker.checkpoint import Checkpoint
 from torch_qgc.worker.connection import Connection
@@ -109,36 +107,27 @@ class QGCState:
             self._group: dist.ProcessGroup = group  # type: ignore[assignment]  # check_model has seen that it is one
             self.rank, self.workers = dist.get_rank(group), dist.get_world_size(group)
             self.plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
-            if warmup_steps < 2:
-                raise ConfigError(
-                    f"warmup_steps: expected at least 2 (DDP rebuilds its buckets then), got {warmup_steps}"
-                )
-            rule = ClosingRule(
+            rule = closing_rule(
+                workers=self.workers,
                 deadline_s=deadline_s,
                 late=late,
                 warmup_steps=warmup_steps,
-                quorum=quorum if quorum is not None else max(1, self.workers // 2),
-                max_staleness=limits.max_staleness,
+                quorum=quorum,
                 on_loss=on_loss,
+                limits=limits,
             )
             layout = Layout(exchanged_parameters(self._model), chunk_numel=limits.chunk_numel)
-            spec = JobSpec(
+            spec = job_spec(
+                layout,
+                self.plan,
+                rule,
                 workers=self.workers,
-                numel=layout.numel,
-                chunk_numel=layout.chunk_numel,
-                layout_digest=layout.digest,
-                plan_digest=self.plan.digest(),
-                first_step=0,
                 seed=seed,
                 aggregators=aggregators,
                 downlink_bits=downlink_bits,
-                rule=rule,
                 verify_every=verify_every,
-                log_steps=limits.log_steps,
-                log_bytes=limits.log_bytes,
-                join_timeout_s=limits.join_timeout_s,
+                limits=limits,
             )
-            spec.validate(self.plan)
         endpoints, children = start_aggregators(group, aggregators, network)
         # Whatever is finalized at the interpreter's exit goes in reverse order: first the replica leaves the job.
         sessions: list[Session] = []  # this worker's, once it has asked to come in
@@ -388,46 +377,6 @@ def qgc_hook(state: QGCState, bucket: dist.GradBucket) -> torch.futures.Future[t
     In a step that has closed without this worker nothing is encoded or sent.
     """
     return state.replica.exchange(bucket)
-
-
-class Forward:
-    """What DDP's forward pass tells the state. Copies of the model (deepcopy, pickle, AveragedModel) tell nobody."""
-
-    def __init__(self, state: QGCState | None) -> None:
-        self._state = None if state is None else weakref.ref(state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Forward, (None,)
-
-    def _listening(self) -> QGCState | None:
-        return self._state() if self._state is not None and torch.is_grad_enabled() else None
-
-    @_disable_dynamo  # torch.compile(ddp) has nothing to find in here
-    def before(self, module: torch.nn.Module, args: Any) -> None:
-        """Begin a step; in eval mode only its backward pass does, if there is one."""
-        state = self._listening()
-        if state is not None and module.training:
-            state.begin()
-
-    @_disable_dynamo
-    def after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """Notice when the backward pass begins."""
-        state = self._listening()
-        if state is None:
-            return
-        state.forward_ended()
-        reference, training = weakref.ref(state), module.training
-
-        def backward_begins(gradient: torch.Tensor) -> None:
-            alive = reference()
-            if alive is not None:
-                if not training:
-                    alive.begin()
-                alive.replica.backward_begins()
-
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(backward_begins)  # type: ignore[no-untyped-call]
 
 
 def _no_state() -> None:

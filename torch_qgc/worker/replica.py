@@ -8,17 +8,12 @@ the loop body is not run for it.
 
 from __future__ import annotations
 
-import atexit
-import os
 import statistics
 import sys
-import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -32,9 +27,11 @@ from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.buffers import KeptBuffers
 from torch_qgc.worker.connection import Connection
+from torch_qgc.worker.ending import at_the_end
 from torch_qgc.worker.exchange import Exchange
 from torch_qgc.worker.inbox import ClosedRound
 from torch_qgc.worker.layout import Layout
+from torch_qgc.worker.passes import Passes
 from torch_qgc.worker.position import Phase, Position
 from torch_qgc.worker.report import Report
 from torch_qgc.worker.spans import Spans
@@ -45,8 +42,6 @@ __all__ = ["Connect", "Replica"]
 
 #: Makes the connection when the first step is made: (the job, the plan, the first step, the trace) -> connection.
 Connect = Callable[[JobSpec, Plan, int, Trace], Connection]
-
-_EARLY_CHECKS = (4, 8, 16, 32)  # steps of the job before which replicas are compared, beside every `verify_every`
 
 
 class Replica:
@@ -80,7 +75,7 @@ class Replica:
         self.position = Position(spec.first_step)
         self.counts = Report(workers=spec.workers, numel=layout.numel)
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(layout.chunks))
-        self.statement = Statement(layout)
+        self.statement = Statement(layout, spec.first_step)
         self.update = Update(layout, self.check_exchanged)
         self.loops = 0  # over loaders, in which steps were made
         self._buffers = KeptBuffers(module)
@@ -89,18 +84,12 @@ class Replica:
         self._connect, self._trace, self._now = connect, trace, now
         self._connection: Connection | None = None
         self._exchange: Exchange | None = None
-        self._stated_step = spec.first_step
         self._begun_at_s = 0.0
         self._own_times_s: deque[float] = deque(maxlen=16)  # BEGIN to last push, of the newest full steps
         self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
         self._decided_step = -1  # the step for which that was decided
-        self._synced = True  # DDP exchanges gradients in the backward pass of the newest forward pass
-        self._backward_since = False  # a backward pass has begun since the newest forward pass
-        self._batch_since = False  # a batch was asked for since the newest forward pass
-        self._thread = threading.get_ident()
+        self._passes = Passes(layout.parameters)
         self.abandoned_steps = 0  # that a forward pass had begun, and another one begins again
-        self._backward_left_out = False  # a backward pass has ended, and the gradient is not complete
-        self._backward_running = False
         self._closer: weakref.finalize[..., Any] | None = None
 
     @property
@@ -136,7 +125,7 @@ class Replica:
         self.plan = plan
         self.spec = msgspec.structs.replace(self.spec, first_step=step, seed=seed, plan_digest=plan.digest())
         self.spec.validate(plan)
-        self.position, self._stated_step = Position(step), step
+        self.position, self.statement.stated_step = Position(step), step
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(self.layout.chunks))
 
     # --- before a step ------------------------------------------------------------------------------------
@@ -150,7 +139,7 @@ class Replica:
         A worker whose late payloads would be dropped joins a step that is under way only if it can still make it.
         """
         step = self.step + self.awaits_backward
-        self._batch_since |= self.in_training_thread
+        self._passes.batch()
         if self._decided_step != step:
             self._has_thin_batch = self._closes_without_us(step)
             self._decided_step = step
@@ -164,12 +153,12 @@ class Replica:
     @property
     def in_training_thread(self) -> bool:
         """Whoever asks is the thread that makes the steps, none that fetches batches ahead."""
-        return self._thread == threading.get_ident()
+        return self._passes.in_training_thread
 
     @property
     def awaits_backward(self) -> bool:
         """A forward pass has begun a step, and the backward pass that exchanges its gradient has not begun."""
-        return self.position.phase in (Phase.BEGUN, Phase.THIN) and self._synced and not self._backward_since
+        return self.position.phase in (Phase.BEGUN, Phase.THIN) and self._passes.awaits_backward
 
     def _closes_without_us(self, step: int) -> bool:
         if not self.may_be_late:
@@ -197,11 +186,10 @@ class Replica:
             ConfigError: the last backward pass has left out parameters, or has failed half-way.
         """
         self._check_backward()
-        if self.awaits_backward and self._batch_since:
+        if self.awaits_backward and self._passes.given_up:
             self.abandon()
             self.abandoned_steps += 1
-        self._synced, self._backward_since, self._batch_since = synced, False, False
-        self._thread = threading.get_ident()
+        self._passes.forward(synced=synced)
         if self.in_step:
             return
         connection, exchange = self.joined()
@@ -219,25 +207,11 @@ class Replica:
 
     def backward_begins(self) -> None:
         """A backward pass through DDP's outputs begins. Called by autograd."""
-        if not self.in_step or self._backward_running:
+        if not self.in_step or self._passes.running:
             return
-        self._backward_since = True
         self._advice.before_backward()
         self.joined()[1].backward_begins()
-        if self._synced:
-            self._backward_running = True
-            before = self._gradients()
-
-            def ends() -> None:
-                self._backward_running = False
-                # torch.autograd.grad leaves .grad alone, and is none of the step's backward passes.
-                self._backward_left_out = self.in_step and self._gradients() != before
-
-            torch.autograd.Variable._execution_engine.queue_callback(ends)
-
-    def _gradients(self) -> list[tuple[int, int] | None]:
-        """Return which gradients there are, and how often each was written."""
-        return [None if p.grad is None else (id(p.grad), p.grad._version) for p in self.layout.parameters]
+        self._passes.backward()
 
     def exchange(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """Take one of DDP's buckets; with the last one wait for the step's result, which is then in all of them."""
@@ -278,7 +252,6 @@ class Replica:
     def _made(self) -> None:
         """A step's result is in .grad."""
         self.position.go("exchange")
-        self._backward_left_out = False
         self._advice.step_made(self.counts, statistics.median(self._own_times_s) if self._own_times_s else None)
         self._advice.after_backward()
 
@@ -330,12 +303,12 @@ class Replica:
             self.check_exchanged()
 
     def _check_backward(self) -> None:
-        if self._backward_running:
+        if self._passes.running:
             self._refuse(
                 "the last backward pass has raised an error half-way, and DDP cannot begin another one after that: let "
                 "the error end the job, or catch what can fail (memory) in the forward pass"
             )
-        if self._backward_left_out:
+        if self._passes.left_out and self.in_step:
             missing = self.joined()[1].without_gradient()
             if not missing:
                 self._refuse(
@@ -349,13 +322,14 @@ class Replica:
             )
 
     def _refuse(self, problem: str) -> None:
-        self._backward_running = self._backward_left_out = False
+        self._passes.clear()
         self.tell_all(problem)
         raise ConfigError(f"worker {self.worker}, step {self.step}: {problem}")
 
     def tell_all(self, problem: str) -> None:
         """Make the job end on every rank, because of an error here; returns when all have heard of it, or soon."""
-        if self._connection is not None and self._connection.session.error is None:
+        left = self.position.phase is Phase.LEFT
+        if self._connection is not None and self._connection.session.error is None and not left:
             self._spans.mark("fault", step=self.step, text=problem)
             self._connection.send_fault(self.step, problem)
 
@@ -401,19 +375,15 @@ class Replica:
 
     def _state_if_due(self) -> None:
         """State what this replica is, before a step in front of which all do."""
-        if not self.spec.verify_every or self.step <= self._stated_step:
-            return
-        made = self.step - self.spec.first_step
         asked = self._connection is not None and self._connection.verify_asked(self.step)
-        if asked or made in _EARLY_CHECKS or self.step % self.spec.verify_every == 0:
+        if self.statement.is_due(self.step, self.spec, asked=asked):
             self.state_now()
 
     def state_now(self) -> None:
         """State what this replica is, for all to be compared."""
-        if self._connection is not None and self.spec.verify_every and self.step > self._stated_step:
-            self._stated_step = self.step
+        if self._connection is not None and self.spec.verify_every and self.step > self.statement.stated_step:
             self._spans.mark("hash", step=self.step)
-            self._connection.send_hash(self.step, self.statement.parts())
+            self._connection.send_hash(self.step, self.statement.parts(self.step))
 
     def loop_ended(self, *, owed: int) -> int:
         """Note that this worker has come to the end of a loop in which it made steps.
@@ -447,7 +417,7 @@ class Replica:
             self._exchange = Exchange(
                 self.layout, self.plan, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
             )
-            _at_the_end(self)
+            at_the_end(self)
         return self._connection, self._exchange
 
     def report(self) -> Report:
@@ -479,30 +449,3 @@ class Replica:
 
     def __repr__(self) -> str:
         return f"Replica(worker {self.worker} of {self.spec.workers}, {self.position!r}, {self.layout!r})"
-
-
-def _at_the_end(replica: Replica) -> None:
-    """Tell all of an error that nobody catches, and leave in good order when the process ends."""
-    alive = weakref.ref(replica)
-    before = sys.excepthook
-
-    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        here = alive()
-        if here is not None and here.position.phase is not Phase.LEFT:
-            here.tell_all("".join(traceback.format_exception_only(kind, error)).strip())
-
-    def leave() -> None:
-        here = alive()
-        if here is None or os.getpid() != pid:
-            return
-        try:
-            here.close()
-        except QGCError:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)  # an exception here would not change the exit status
-
-    pid = os.getpid()
-    sys.excepthook = tell
-    atexit.register(leave)

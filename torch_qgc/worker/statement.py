@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.layout import Layout
 
 __all__ = ["Statement", "Verifiable"]
@@ -16,6 +17,7 @@ __all__ = ["Statement", "Verifiable"]
 Verifiable: TypeAlias = "torch.Tensor | torch.nn.Module | Mapping[Any, Any] | Iterable[Any] | Callable[[], Any]"
 
 _MOST_CHARACTERS = 200
+_EARLY = (4, 8, 16, 32)  # steps of the job, beside every `verify_every`
 
 
 class Statement:
@@ -23,10 +25,12 @@ class Statement:
 
     Args:
         layout: whose parameters are stated.
+        step: the first step; nothing is stated before it.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, step: int = 0) -> None:
         self._layout = layout
+        self.stated_step = step  # the newest step before which something was stated
         self._optimizers: dict[str, torch.optim.Optimizer] = {}  # kept: at the end all are still to be compared
         self._extra: dict[str, Verifiable] = {}
 
@@ -39,8 +43,15 @@ class Statement:
         """State something else, too."""
         self._extra[name] = what
 
-    def parts(self) -> dict[str, str]:
-        """Return what must be equal on all replicas now, by name."""
+    def is_due(self, step: int, spec: JobSpec, *, asked: bool) -> bool:
+        """Tell whether all replicas are compared before a step; `asked`: an aggregator wants them to be."""
+        if not spec.verify_every or step <= self.stated_step:
+            return False
+        return asked or step - spec.first_step in _EARLY or step % spec.verify_every == 0
+
+    def parts(self, step: int | None = None) -> dict[str, str]:
+        """Return what must be equal on all replicas now, by name; it is stated before `step`."""
+        self.stated_step = self.stated_step if step is None else step
         stated = {"parameters": self._layout.parameter_digest()}
         for name, optimizer in self._optimizers.items():
             for key, value in _hyperparameters(optimizer).items():
