@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import statistics
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
+from torch_qgc.job.pace import Pace
 from torch_qgc.job.rounds import Fate, Rounds
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Mask
@@ -156,7 +155,7 @@ class JobRounds:
         for worker in np.flatnonzero(~active).tolist():
             self._rounds.leave(worker, 0.0)
         self._idle = set(np.flatnonzero(active).tolist())  # workers that compute nothing until the next step opens
-        self._own_times_s: dict[int, deque[float]] = {k: deque(maxlen=16) for k in self._idle}  # as `Replica` keeps
+        self._pace = {k: Pace() for k in self._idle}
         self._events: list[tuple[float, str, int, int]] = []  # heap of (time, kind, worker, step)
         self._now = 0.0
         self._began: list[int] = []  # workers that began the open step
@@ -190,12 +189,12 @@ class JobRounds:
 
     def _come(self, worker: int) -> None:
         """Let a worker that has nothing to compute begin the open step, or wait for the next one."""
-        step, times_s = self._rounds.newest, self._own_times_s[worker]
+        step = self._rounds.newest
         began_at_s = self._rounds.began_at_s.get(step)
         patience_s = self._rule.wait_before_joining_s(
             step,
             None if began_at_s is None else self._now - began_at_s,
-            statistics.median(times_s) if times_s else None,
+            self._pace[worker].usual_s,
         )
         if patience_s > 0.0:
             self._idle.add(worker)
@@ -209,7 +208,7 @@ class JobRounds:
         self._idle.discard(worker)
         self._began.append(worker)
         delay_s = float(self._delays_s[worker])
-        self._own_times_s[worker].append(delay_s)
+        self._pace[worker].note(delay_s)
         if math.isfinite(delay_s):
             heapq.heappush(self._events, (self._now + delay_s, _ARRIVAL, worker, step))
 

@@ -8,11 +8,9 @@ the loop body is not run for it.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 
 from torch_qgc.errors import ConfigError, QGCError
 from torch_qgc.job.events import Trace, silent
+from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
@@ -85,7 +84,7 @@ class Replica:
         self._connection: Connection | None = None
         self._exchange: Exchange | None = None
         self._begun_at_s = 0.0
-        self._own_times_s: deque[float] = deque(maxlen=16)  # BEGIN to last push, of the newest full steps
+        self._pace = Pace()  # of full steps
         self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
         self._decided_step = -1  # the step for which that was decided
         self._passes = Passes(layout.parameters)
@@ -166,9 +165,8 @@ class Replica:
         connection, _ = self.joined()
         if connection.closed(step):
             return True
-        usual_s = statistics.median(self._own_times_s) if self._own_times_s else None
         patience_s = self.spec.rule.wait_before_joining_s(
-            step - self.spec.first_step, connection.elapsed_s(step), usual_s
+            step - self.spec.first_step, connection.elapsed_s(step), self._pace.usual_s
         )
         return patience_s > 0.0 and connection.wait_closed(step, patience_s)
 
@@ -228,7 +226,7 @@ class Replica:
                 if exchange.not_finite:
                     self._advice.not_finite(self.step)
                 if not thin:
-                    self._own_times_s.append(self._now() - self._begun_at_s)
+                    self._pace.note(self._now() - self._begun_at_s)
                     self.counts.late_steps += closed_without_us
                 # Every gradient is out, so waiting here delays nothing; and unlike DDP's own wait for the futures it
                 # can be interrupted, and an error surfaces as itself and not as a failed cast of a future's value.
@@ -252,7 +250,7 @@ class Replica:
     def _made(self) -> None:
         """A step's result is in .grad."""
         self.position.go("exchange")
-        self._advice.step_made(self.counts, statistics.median(self._own_times_s) if self._own_times_s else None)
+        self._advice.step_made(self.counts, self._pace.usual_s)
         self._advice.after_backward()
 
     def abandon(self) -> None:
