@@ -34,8 +34,14 @@ def leaves(part: Any) -> list[Any]:
     return [part]
 
 
+def looks_listed(batch: Any) -> bool:
+    """A list of mappings in a list or tuple is taken for one mapping per sample, as detection models have it."""
+    parts = batch if isinstance(batch, (list, tuple)) else []
+    return any(isinstance(part, (list, tuple)) and all(isinstance(item, dict) for item in part) for part in parts)
+
+
 def structures(size: int) -> Any:
-    """Nested batches of that many samples, all parts of which are per sample."""
+    """Nested batches of that many samples, all parts of which are per sample, and none of which lists samples."""
     tensors = st.integers(1, 3).map(
         lambda ndim: torch.arange(size).view(size, *[1] * (ndim - 1)).expand(size, *[7] * (ndim - 1))
     )
@@ -50,7 +56,7 @@ def structures(size: int) -> Any:
             | st.tuples(inner, inner).map(lambda pair: Record(*pair))
         ),
         max_leaves=6,
-    ).filter(lambda part: any(isinstance(leaf, torch.Tensor) for leaf in leaves(part)))
+    ).filter(lambda part: any(isinstance(leaf, torch.Tensor) for leaf in leaves(part)) and not looks_listed(part))
 
 
 @given(data=st.data(), size=st.sampled_from([5, 6, 64]), count=st.integers(1, 4))

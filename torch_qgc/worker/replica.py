@@ -348,6 +348,7 @@ class Replica:
     def take_missed(self) -> None:
         """Put the result of a step that closed without this worker into `.grad`; an update has to follow."""
         connection, exchange = self.joined()
+        self._advice.before_forward(self.step)
         self._state_if_due()
         scale = self.update.loss_scale()
         self.position.go("replay")
