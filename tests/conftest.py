@@ -1,9 +1,14 @@
-"""Let tests import the examples' modules, and fork ranks whatever ran before."""
+"""Let tests import the examples' modules, fork ranks whatever ran before, and depend on no clock."""
 
 import sys
 from pathlib import Path
 
+import hypothesis
 import torch
+
+# No test depends on how fast the machine is.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

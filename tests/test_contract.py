@@ -99,7 +99,7 @@ def test_whatever_is_accepted_can_be_run_and_whatever_is_refused_names_what_was_
     seen: Counter[str] = Counter()
 
     @given(jobs())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def check(job: tuple[Plan, JobSpec]) -> None:
         plan, spec = job
         refusal = refused(plan, spec)
@@ -120,7 +120,7 @@ def test_an_aggregator_refuses_what_a_worker_would_have_refused_to_send() -> Non
     seen: Counter[str] = Counter()
 
     @given(jobs())
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def check(job: tuple[Plan, JobSpec]) -> None:
         plan, spec = job
         aggregator = Aggregator(0, spec.aggregators)

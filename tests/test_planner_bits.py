@@ -61,7 +61,7 @@ def tables(draw: st.DrawFn, max_workers: int, max_columns: int) -> tuple[np.ndar
     return table, budget
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables(max_workers=4, max_columns=5))
 def test_exact_and_dp_equal_exhaustive_search(case: tuple[np.ndarray, int]) -> None:
     table, budget = case
@@ -72,7 +72,7 @@ def test_exact_and_dp_equal_exhaustive_search(case: tuple[np.ndarray, int]) -> N
         assert total(table, bits) == pytest.approx(best, rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(tables(max_workers=24, max_columns=12))
 def test_exact_equals_the_dynamic_program(case: tuple[np.ndarray, int]) -> None:
     table, budget = case
@@ -81,7 +81,7 @@ def test_exact_equals_the_dynamic_program(case: tuple[np.ndarray, int]) -> None:
     assert total(table, exact) == pytest.approx(total(table, dp), rel=1e-11, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables(max_workers=8, max_columns=8))
 def test_no_heuristic_beats_the_optimum_or_breaks_the_budget(case: tuple[np.ndarray, int]) -> None:
     table, budget = case

@@ -37,7 +37,7 @@ def quadratic_optimum(delta: np.ndarray, lower: np.ndarray, upper: np.ndarray) -
 
 
 @given(workers())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_are_the_optimum_of_a_general_solver(case: tuple[np.ndarray, np.ndarray]) -> None:
     p, v = case
     delta = error_factors(p, v)
@@ -59,7 +59,7 @@ def test_shares_are_the_optimum_of_a_general_solver(case: tuple[np.ndarray, np.n
 
 
 @given(workers(), st.floats(1.0, 3.0))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_capped_shares_are_the_optimum(case: tuple[np.ndarray, np.ndarray], room: float) -> None:
     p, v = case
     caps = np.random.default_rng(len(p)).uniform(0.5, 1.5, len(p))
@@ -101,7 +101,7 @@ def test_bad_probabilities_variances_and_caps_are_refused(
 
 
 @given(workers(most=30), st.integers(1, 40), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_segment_weights_have_the_sums_that_make_decoding_unbiased(
     case: tuple[np.ndarray, np.ndarray], n: int, unequal: bool
 ) -> None:
@@ -159,7 +159,7 @@ def test_components_pay_the_stated_price_and_save_the_stated_load(size: int) -> 
 
 
 @given(st.integers(2, 9), st.integers(1, 9), st.floats(0.15, 1.0), st.integers(0, 2**32 - 1), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_placed_weights_satisfy_the_optimality_conditions(
     k: int, n: int, density: float, seed: int, unequal: bool
 ) -> None:

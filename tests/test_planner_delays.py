@@ -116,7 +116,7 @@ def test_equal_delays_fit_a_worker_that_is_never_late_after_them() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95), st.integers(0, 200))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_posterior_is_the_beta_posterior(seed: int, p: float, count: int) -> None:
     arrived = np.random.default_rng(seed).random((count, 2)) >= p
     posterior = StragglePosterior(0.3, 2, strength=5.0)

@@ -51,7 +51,7 @@ def test_joint_design_beats_every_other_allocation(seed: int) -> None:
     assert plan.residual_bound == pytest.approx(best, rel=1e-9)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(1, 12),
     st.floats(2.0, 20.0),

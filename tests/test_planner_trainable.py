@@ -60,7 +60,7 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(requests())
 def test_every_plan_option_is_trainable_or_refused(request: tuple[np.ndarray, dict[str, Any]]) -> None:
     """make_plan refuses, or a job can train; second tracks that are no multiple of the first are named."""
@@ -80,7 +80,7 @@ def test_every_plan_option_is_trainable_or_refused(request: tuple[np.ndarray, di
         assert plan.partition_probabilities(k).sum() == pytest.approx(float(plan.shares[k] > 0))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seeds(), st.integers(1, 9), st.sampled_from(FIRST), st.sampled_from(SECOND), st.floats(0.01, 100), st.booleans())
 def test_the_second_track_is_the_first_times_one_number(
     rng: np.random.Generator, k: int, first: str, second: str, alpha: float, measured: bool
@@ -166,7 +166,7 @@ ANY_JSON = st.recursive(
 NAMES = sorted(json.loads(make_plan([0.1, 0.2]).to_json()))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.dictionaries(st.sampled_from(NAMES), ANY_JSON, min_size=1, max_size=2))
 def test_a_plan_with_any_field_replaced_is_refused_or_works(change: dict[str, Any]) -> None:
     """Plans come over the network: what is let in has an identity and decodes, whatever its fields hold."""

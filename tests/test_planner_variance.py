@@ -22,7 +22,7 @@ def exact_variance(v: np.ndarray, bits: int, norm: Norm) -> float:
 
 
 @given(st.integers(2, 8), st.integers(1, 64), st.sampled_from(["max", "l2"]), st.integers(0, 2**32 - 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_vector_exceeds_the_tight_bound(bits: int, size: int, norm: Norm, seed: int) -> None:
     rng = np.random.default_rng(seed)
     v = rng.normal(size=size) * rng.choice([0.01, 1.0, 5.0], size=size)

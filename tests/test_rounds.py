@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -190,3 +192,104 @@ def test_a_worker_back_in_mid_step_waits_for_the_next_one() -> None:
 def test_bad_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         ClosingRule(**bad)  # type: ignore[arg-type]
+
+
+def job_of(workers: int, **rule: object) -> Rounds[None]:
+    """A job whose first step all have begun at 0 and made, each in 1 s."""
+    made: Rounds[None] = Rounds(
+        ClosingRule(**{"deadline_s": 2.0, "warmup_steps": 0, **rule}),  # type: ignore[arg-type]
+        np.full(workers, 1.0 / workers),
+        np.full(workers, 0.9),
+        log_steps=256,
+    )
+    for worker in range(workers):
+        made.join(worker, 0, 0.0)
+        made.begin(worker, 0, 0.0)
+    for worker in range(workers):
+        made.arrive(worker, 0, 0, None, 1.0)
+    assert made.close_due(1.0)
+    return made
+
+
+def make(rounds: Rounds[None], workers: tuple[int, ...], step: int, began_s: float, now: float) -> bool:
+    """Let workers make a step; tell whether it closes with them."""
+    for worker in workers:
+        rounds.begin(worker, step, began_s)
+    for worker in workers:
+        rounds.arrive(worker, step, 0, None, now)
+    return bool(rounds.close_due(now))
+
+
+def test_a_worker_that_was_in_the_step_before_is_awaited_until_the_deadline() -> None:
+    rounds = job_of(3)
+    assert not make(rounds, (0, 1), 1, 1.0, 2.0)
+    assert not rounds.close_due(2.99)
+    assert rounds.close_due(3.0)
+
+
+def test_a_worker_that_is_busy_with_an_older_step_costs_no_time() -> None:
+    rounds = job_of(3)
+    rounds.begin(2, 1, 1.0)
+    assert not make(rounds, (0, 1), 1, 1.0, 2.0)
+    assert rounds.close_due(3.0)  # at the deadline
+    assert make(rounds, (0, 1), 2, 3.0, 4.0)  # worker 2 still computes step 1
+    assert rounds.arrive(2, 1, 0, None, 4.5) is Fate.FOLDED
+
+
+@pytest.mark.parametrize(("began_s", "awaited"), [(3.9, True), (4.1, False)])
+def test_who_comes_to_an_open_step_is_awaited_if_it_can_make_the_deadline(began_s: float, awaited: bool) -> None:
+    """The step's clock starts at 3 s, its deadline is at 5 s, and worker 2 needs a second."""
+    rounds = job_of(3)
+    assert not make(rounds, (0, 1), 1, 1.0, 2.0)
+    assert rounds.close_due(3.0)
+    for worker in (0, 1):
+        rounds.begin(worker, 2, 3.0)
+    rounds.take(2, 1, began_s)
+    rounds.begin(2, 2, began_s)
+    for worker in (0, 1):
+        rounds.arrive(worker, 2, 0, None, 4.2)
+    assert bool(rounds.close_due(4.2)) != awaited
+    if awaited:
+        assert rounds.arrive(2, 2, 0, None, 4.9) is Fate.IN_TIME
+        assert rounds.close_due(4.9)
+
+
+def test_a_payload_about_to_grow_too_old_is_awaited_until_the_deadline() -> None:
+    rounds = job_of(3, max_staleness=2)
+    rounds.begin(2, 1, 1.0)
+    assert not make(rounds, (0, 1), 1, 1.0, 2.0)
+    assert rounds.close_due(3.0)
+    assert make(rounds, (0, 1), 2, 3.0, 4.0)
+    assert not make(rounds, (0, 1), 3, 4.0, 5.0)  # closing it would drop what worker 2 computes
+    assert rounds.arrive(2, 1, 0, None, 5.5) is Fate.FOLDED
+    assert rounds.close_due(5.5)
+
+
+@given(slow=st.floats(1.0, 40.0), seed=st.integers(0, 9))
+def test_one_worker_of_any_speed_never_makes_the_others_wait_more_than_once_in_a_while(slow: float, seed: int) -> None:
+    """In virtual time: K equal workers and a slower one; what steps cost beyond the workers' own second is bounded."""
+    rng = np.random.default_rng(seed)
+    workers, staleness, steps = 4, 32, 100
+    rounds = job_of(workers, max_staleness=staleness)
+    now, busy_until, made_for = 1.0, math.inf, None
+    for step in range(1, steps):
+        began = now
+        for worker in range(workers - 1):
+            rounds.begin(worker, step, began)
+        if made_for is None:
+            rounds.begin(workers - 1, step, began)
+            busy_until, made_for = began + slow * rng.uniform(0.95, 1.05), step
+        if busy_until < began + 1.0:
+            rounds.arrive(workers - 1, made_for, 0, None, busy_until)
+            made_for = None
+        for worker in range(workers - 1):
+            rounds.arrive(worker, step, 0, None, began + 1.0)
+        now = began + 1.0
+        while not rounds.close_due(now):
+            now = min(busy_until if made_for is not None else math.inf, rounds.next_deadline_s(now))
+            if made_for is not None and now == busy_until:
+                rounds.arrive(workers - 1, made_for, 0, None, now)
+                made_for = None
+    contributions = (now - 1.0) / max(slow, 1.0)
+    waits = steps / staleness if slow > staleness else contributions  # at most one a contribution, of a second each
+    assert now <= 1.0 + (steps - 1) * 1.0 + 1.2 * waits + 3.0

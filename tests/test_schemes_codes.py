@@ -215,7 +215,7 @@ def test_load_of_exact_codes_is_one_more_than_their_stragglers() -> None:
     assert schemes.ye_abbe(LATE, replicas=4, stragglers=2, parts=2).load == 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(3, 12), st.integers(1, 5), st.integers(0, 2**31))
 def test_expander_error_is_below_the_spectral_bound(k: int, degree: int, seed: int) -> None:
     """(lambda / degree)^2 K s / (K - s) for orthonormal gradients and s stragglers (Raviv et al.)."""

@@ -77,11 +77,12 @@ def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypat
     assert (trace.contributions == 2).any() == (late == "fold")
 
 
-def test_a_late_worker_misses_the_steps_it_is_late_for() -> None:
+@pytest.mark.parametrize(("awaits", "step_s"), [("alive", 1.0), ("begun", 0.1)])
+def test_a_late_worker_misses_the_steps_it_is_late_for(awaits: Any, step_s: float) -> None:
     delays = np.array([[0.1, 0.1, 3.5]])
     rounds = JobRounds(
         DelaySource(delays, 3, 0),
-        ClosingRule(deadline_s=1.0, warmup_steps=0, late="drop"),
+        ClosingRule(deadline_s=1.0, warmup_steps=0, late="drop", awaits=awaits),
         np.ones(3, dtype=bool),
         make_plan([0.1] * 3),
         log_steps=256,
@@ -91,7 +92,7 @@ def test_a_late_worker_misses_the_steps_it_is_late_for() -> None:
     assert outcomes[1].began == [0, 1]  # worker 2 computes for the step before
     assert outcomes[-1].rates is not None
     assert outcomes[-1].rates[2] < 0.9  # what the plan expects has been unlearned
-    assert outcomes[7].closed_at_s == pytest.approx(8.0)
+    assert outcomes[7].closed_at_s == pytest.approx(1.0 + 7 * step_s)  # the first waits for everybody that began
 
 
 def test_a_running_job_that_waits_for_who_never_comes_is_an_error() -> None:
@@ -183,6 +184,8 @@ class Recorded:
                 self._rounds.join(worker, step, now)
             case "begin":
                 self._rounds.begin(worker, step, now)
+            case "take":
+                self._rounds.take(worker, step, now)
             case "arrive":
                 assert self._rounds.arrive(worker, step, event["chunk"], None, now).value == event["detail"]["fate"]
             case "left":

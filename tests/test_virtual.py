@@ -260,7 +260,7 @@ def test_a_result_that_closes_the_step_just_when_a_late_worker_begins_it(begins_
 
 @pytest.mark.parametrize(("late", "then"), [("fold", [1, 1, 2]), ("drop", [1, 1, 1])])
 def test_a_push_that_crosses_the_closing_on_its_way_is_folded_or_dropped(late: str, then: list[int]) -> None:
-    match = Match(job_spec(deadline_s=1.0, late=late), latency_s=0.2)
+    match = Match(job_spec(deadline_s=1.0, late=late, awaits="alive"), latency_s=0.2)
 
     def work(member: Member) -> None:
         match.compute(member, 1.1 if member.worker == 2 else 0.1)  # sent before the result comes, too late there

@@ -51,7 +51,7 @@ class Replay:
         for event in events:
             if event.name == "close":
                 self._compare(event)
-            elif event.name in ("join", "begin", "arrive", "left", "lost"):
+            elif event.name in ("join", "begin", "take", "arrive", "left", "lost"):
                 assert not self._decided, f"closed here, but not on record: {self._decided}"
                 self._tell(event, event.time_s)
         assert not self._decided
@@ -76,6 +76,9 @@ class Replay:
         if event.name == "begin":
             assert step is not None
             rounds.begin(worker, step, now)
+        elif event.name == "take":
+            assert step is not None
+            rounds.take(worker, step, now)
         else:
             rounds.leave(worker, now, event.name)
         self._decided = rounds.close_due(now)

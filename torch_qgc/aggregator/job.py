@@ -243,11 +243,7 @@ class Job:
         if left:
             self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
         elif begin.thin:
-            if step >= self.rounds.oldest:
-                raise ProtocolError(
-                    f"worker {worker} takes the result of step {step}, but step {self.rounds.oldest} has not closed yet"
-                )
-            self.rounds.roster.advance(worker, step)
+            self.rounds.take(worker, step, now)
             if worker not in self._has_been_late:  # whatever its loop does otherwise shows now
                 self._has_been_late.add(worker)
                 self._send(EVERYBODY, messages.Verify(self.rounds.newest + 2))

@@ -29,7 +29,7 @@ class Limits:
     """
 
     chunk_numel: int = 1 << 20
-    max_staleness: int = 8
+    max_staleness: int = 32
     log_steps: int = 256
     log_bytes: int = 512 << 20
     inbox_bytes: int = 512 << 20

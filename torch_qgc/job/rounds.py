@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.events import Event, Trace, silent
+from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.job.roster import Roster
 from torch_qgc.protocol.contract import ClosingRule
@@ -68,6 +69,16 @@ class _Round(Generic[T]):
     step: int
     payloads: dict[tuple[int, int], T] = field(default_factory=dict)  # (worker, the step it was made for)
     present: set[int] = field(default_factory=set)  # workers whose payload for this very step is in
+    before: frozenset[int] | None = None  # those that were in the step before; None: there was none
+
+
+@dataclass
+class _Begun:
+    """The newest step that a worker computes or has computed."""
+
+    step: int
+    at_s: float
+    delivered: int = 0  # chunks of it that have come
 
 
 class Rounds(Generic[T]):
@@ -104,6 +115,8 @@ class Rounds(Generic[T]):
         self._column = {chunk: i for i, chunk in enumerate(self.chunks)}
         self._last = np.full((len(shares), len(self.chunks)), -1, dtype=np.int64)  # newest step that each delivered
         self.began_at_s: dict[int, float] = {}  # of the steps that are open
+        self._begun: dict[int, _Begun] = {}  # by worker
+        self._pace = [Pace() for _ in range(len(shares))]  # from BEGIN to the last payload here
 
     # --- where the job is -------------------------------------------------------------------------------
 
@@ -165,11 +178,25 @@ class Rounds(Generic[T]):
         if step > self.oldest:
             raise ProtocolError(f"worker {worker} begins step {step}, but step {self.oldest} has not closed yet")
         self.roster.advance(worker, step)
+        self._begun[worker] = _Begun(step, now)
         self._trace(Event(now, "begin", step, None, worker, {}))
         if step < self.oldest or step in self.began_at_s:
             return False
         self.began_at_s[step] = now
         return True
+
+    def take(self, worker: int, step: int, now: float) -> None:
+        """Note that a worker takes the result of a step that has closed without it.
+
+        Raises:
+            ProtocolError: the step has not closed for every chunk.
+        """
+        if step >= self.oldest:
+            raise ProtocolError(
+                f"worker {worker} takes the result of step {step}, but step {self.oldest} has not closed yet"
+            )
+        self.roster.advance(worker, step)
+        self._trace(Event(now, "take", step, None, worker, {}))
 
     def arrive(self, worker: int, made_for: int, chunk: int, payload: T, now: float) -> Fate:
         """Take a payload.
@@ -190,6 +217,7 @@ class Rounds(Generic[T]):
                 "delivered"
             )
         self._last[worker, column] = made_for
+        self._note_pace(worker, made_for, now)
         staleness = open_step - made_for
         if staleness == 0:
             fate = Fate.IN_TIME
@@ -207,8 +235,8 @@ class Rounds(Generic[T]):
 
     def close_due(self, now: float, chunks: Iterable[int] | None = None) -> list[Closing[T]]:
         """Close the rounds that are due now, of all chunks or of those that something has happened to."""
-        awaited = self.roster.awaited
-        due = [c for c in (self.chunks if chunks is None else chunks) if self._is_due(self._open[c], now, awaited)]
+        alive = self.roster.awaited
+        due = [c for c in (self.chunks if chunks is None else chunks) if self._is_due(self._open[c], now, alive)]
         return [self._close(chunk, now) for chunk in due]
 
     def waited_for(self) -> tuple[int, frozenset[int]]:
@@ -226,17 +254,49 @@ class Rounds(Generic[T]):
         ahead = [began + self.rule.deadline_s for began in self.began_at_s.values()]
         return min((at for at in ahead if at > now), default=math.inf)
 
-    def _is_due(self, current: _Round[T], now: float, awaited: AbstractSet[int]) -> bool:
+    def _is_due(self, current: _Round[T], now: float, alive: AbstractSet[int]) -> bool:
         present = current.present
-        if awaited and awaited <= present:
+        if alive and alive <= present:
             return True
         began_at_s = self.began_at_s.get(current.step)
         if began_at_s is None or self.waits_for_all(current.step):
             return False
         assert self.rule.deadline_s is not None
-        if now < began_at_s + self.rule.deadline_s or len(present) < min(self.rule.quorum, max(len(awaited), 1)):
+        if len(present) < min(self.rule.quorum, max(len(alive), 1)):
             return False
-        return self.roster.behind(current.step - self._log_steps + 2) <= present  # they would fall off the log
+        if not self.roster.behind(current.step - self._log_steps + 2) <= present:  # they would fall off the log
+            return False
+        by_s = began_at_s + self.rule.deadline_s
+        if now >= by_s:
+            return True
+        return self.rule.awaits == "begun" and not any(
+            self._can_make(current, worker, by_s) for worker in alive - present
+        )
+
+    def _can_make(self, current: _Round[T], worker: int, by_s: float) -> bool:
+        """Tell whether the payload of a worker that is not in yet may come by then, as far as can be told."""
+        begun = self._begun.get(worker)
+        if begun is None or begun.step < current.step:
+            about_to_begin = current.before is None or worker in current.before  # else busy with an older step
+            return about_to_begin or self._grows_too_old(current, worker, begun)
+        usual_s = self._pace[worker].usual_s
+        return usual_s is None or begun.at_s + usual_s <= by_s
+
+    def _grows_too_old(self, current: _Round[T], worker: int, begun: _Begun | None) -> bool:
+        """Tell whether what a worker computes would be dropped if this round closed without it."""
+        return (
+            begun is not None
+            and begun.delivered < len(self.chunks)
+            and self.rule.late == "fold"
+            and current.step - begun.step == self.rule.max_staleness
+        )
+
+    def _note_pace(self, worker: int, made_for: int, now: float) -> None:
+        begun = self._begun.get(worker)
+        if begun is not None and begun.step == made_for:
+            begun.delivered += 1
+            if begun.delivered == len(self.chunks):
+                self._pace[worker].note(now - begun.at_s)
 
     def _close(self, chunk: int, now: float) -> Closing[T]:
         current, column = self._open[chunk], self._column[chunk]
@@ -251,7 +311,7 @@ class Rounds(Generic[T]):
             self.rates.update(column, counts, alive)
             if self.rule.deadline_s is not None and current.step in self.began_at_s:
                 extended_s = max(now - self.began_at_s[current.step] - self.rule.deadline_s, 0.0)
-        self._open[chunk] = _Round(current.step + 1)
+        self._open[chunk] = _Round(current.step + 1, before=frozenset(current.present))
         for past in [step for step in self.began_at_s if step < self.oldest]:
             del self.began_at_s[past]
         detail = {"counts": counts, "rates": rates, "alive": alive, "extended_s": extended_s}

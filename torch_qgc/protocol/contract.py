@@ -34,20 +34,25 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     Args:
         deadline_s: seconds after the step's first BEGIN at which it closes without the late ones; None waits
             for all, as DDP does. Shorter: faster steps, more stragglers left out.
+        awaits: whom a step waits for until its deadline. "begun": those that have begun it, if their usual time lets
+            them make it, and those that were in the step before and are about to begin; a worker that is still busy
+            with an older step, or catching up, costs no time. "alive": every live worker.
         warmup_steps: that many first steps of a job wait for all (DDP's own one-time collectives happen there).
         quorum: a step never closes on fewer arrivals; the deadline is extended until they are in.
         late: "fold" lets a late payload enter the open round of its chunk, "drop" discards it.
-        max_staleness: how many steps old a folded payload may be.
+        max_staleness: how many steps old a folded payload may be; one that is about to grow older is awaited until
+            the deadline.
         on_loss: what a worker's death does: "continue" spreads its share over the others, "fail" ends the job.
     Raises:
         ConfigError: a value out of range.
     """
 
     deadline_s: float | None = None
+    awaits: Literal["begun", "alive"] = "begun"
     warmup_steps: int = 3
     quorum: int = 1
     late: Literal["fold", "drop"] = "fold"
-    max_staleness: int = 8
+    max_staleness: int = 32
     on_loss: Literal["continue", "fail"] = "continue"
 
     def __post_init__(self) -> None:
@@ -64,7 +69,11 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             value = getattr(self, name)
             if not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"{name}: expected a whole number in {least}..{most}, got {value!r}")
-        for name, words in (("late", ("fold", "drop")), ("on_loss", ("continue", "fail"))):
+        for name, words in (
+            ("awaits", ("begun", "alive")),
+            ("late", ("fold", "drop")),
+            ("on_loss", ("continue", "fail")),
+        ):
             if getattr(self, name) not in words:
                 raise ConfigError(f"{name}: expected {words[0]!r} or {words[1]!r}, got {getattr(self, name)!r}")
 
