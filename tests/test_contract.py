@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import torch_qgc as qgc
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.errors import ConfigError, Refused
+from torch_qgc.job.courses import Courses
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import ClosingRule, JobSpec
@@ -210,7 +211,7 @@ def test_a_state_refuses_what_cannot_work_on_all_ranks_before_anything_is_sent(o
 
 def test_a_rejection_before_the_welcome_is_final() -> None:
     plan = simple_plan(2)
-    session = Session(["a"], make_spec(plan), 1, plan.to_json())
+    session = Session(["a"], make_spec(plan), 1, Courses(make_spec(plan).rule, plan))
     session.receive(0, [messages.encode_message(messages.Rejected("spec.seed: expected `int` >= 0"))], 0.0)
     assert isinstance(session.error, Refused)
     assert "seed" in str(session.error)

@@ -17,6 +17,7 @@ from helpers.virtual import World, session_for
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.process import serve
 from torch_qgc.errors import JobFailed
+from torch_qgc.job.courses import Courses
 from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
@@ -31,7 +32,7 @@ JOIN_S = 100.0  # a busy machine is no reason to fail
 
 def connect(endpoints: Sequence[str], spec: JobSpec, worker: int) -> Connection:
     plan = simple_plan(spec.workers)
-    session = Session(endpoints, spec, worker, plan.to_json())
+    session = Session(endpoints, spec, worker, Courses(spec.rule, plan, spec.first_step))
     return Connection(session, SocketCarrier(session))
 
 

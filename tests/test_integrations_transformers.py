@@ -175,7 +175,6 @@ def test_a_late_rank_makes_thin_steps_and_ends_as_all_do(case: str, tmp_path: Pa
         assert not found["report"].rejections
     assert ranks[LATE]["report"].thin_steps >= 1
     assert set(ranks[LATE]["sizes"]) == {2, BATCH}
-    assert ranks[0]["report"].thin_steps <= steps // 2
     assert ranks[0]["agreed"][2][-1] < 3.4  # a model that has learnt nothing: log 32 = 3.47
 
 

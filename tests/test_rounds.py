@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_qgc.errors import ConfigError, ProtocolError
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.rounds import Fate, Rounds
+from torch_qgc.planner import make_plan
 from torch_qgc.protocol.contract import ClosingRule
 
 K = 10
@@ -28,10 +30,7 @@ def rounds_at(
 ) -> Rounds[None]:
     """The open round of a step, with the workers alive that are awaited, and the payloads of some that are in."""
     made: Rounds[None] = Rounds(
-        ClosingRule(**rule),  # type: ignore[arg-type]
-        np.full(K, 1.0 / K),
-        np.full(K, 0.9),
-        first_step=0,
+        Courses(ClosingRule(**rule), make_plan([0.1] * K)),  # type: ignore[arg-type]
         log_steps=log_steps,
     )
     made._open[0].step = step  # as if ten steps had closed
@@ -143,9 +142,13 @@ def test_the_weights_of_a_round_sum_to_one_when_workers_die_after_they_have_sent
 DROP = ClosingRule(deadline_s=1.0, late="drop", warmup_steps=3)
 
 
+def courses_of(rule: ClosingRule) -> Courses:
+    return Courses(rule, make_plan([0.1] * K))
+
+
 @given(elapsed=st.floats(0, 10), usual=st.floats(0, 10))
 def test_a_worker_waits_only_for_a_step_it_cannot_make_and_that_will_close(elapsed: float, usual: float) -> None:
-    wait_s = DROP.wait_before_joining_s(5, elapsed, usual)
+    wait_s = courses_of(DROP).wait_before_joining_s(5, elapsed, usual)
     if wait_s > 0:
         assert elapsed + usual > 1.0
         assert 0.25 <= elapsed <= 1.0
@@ -168,11 +171,11 @@ def test_a_worker_waits_only_for_a_step_it_cannot_make_and_that_will_close(elaps
 def test_a_worker_joins_whenever_it_is_needed_or_of_use(
     rule: ClosingRule, step: int, elapsed: float | None, usual: float | None
 ) -> None:
-    assert rule.wait_before_joining_s(step, elapsed, usual) == 0
+    assert courses_of(rule).wait_before_joining_s(step, elapsed, usual) == 0
 
 
 def test_a_worker_back_in_mid_step_waits_for_the_next_one() -> None:
-    assert DROP.wait_before_joining_s(5, 0.9, 0.5) == pytest.approx(0.35)
+    assert courses_of(DROP).wait_before_joining_s(5, 0.9, 0.5) == pytest.approx(0.35)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +200,7 @@ def test_bad_rules_are_refused(bad: dict[str, object]) -> None:
 def job_of(workers: int, **rule: object) -> Rounds[None]:
     """A job whose first step all have begun at 0 and made, each in 1 s."""
     made: Rounds[None] = Rounds(
-        ClosingRule(**{"deadline_s": 2.0, "warmup_steps": 0, **rule}),  # type: ignore[arg-type]
-        np.full(workers, 1.0 / workers),
-        np.full(workers, 0.9),
+        Courses(ClosingRule(**{"deadline_s": 2.0, "warmup_steps": 0, **rule}), make_plan([0.1] * workers)),  # type: ignore[arg-type]
         log_steps=256,
     )
     for worker in range(workers):

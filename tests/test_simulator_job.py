@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
 from torch_qgc.errors import ConfigError
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.rounds import Closing, Rounds
 from torch_qgc.planner import make_plan
 from torch_qgc.protocol.contract import ClosingRule
@@ -26,16 +27,11 @@ from torch_qgc.simulator.arrivals import Contribution, DelaySource, JobRounds, R
 
 
 # ------------------------------------------------------------------------------------- against a running job
-class Impatient(ClosingRule):
-    """Workers join every open step, as those of tests/helpers/simulated.py do."""
-
-    def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
-        return 0.0
-
-
 @pytest.mark.parametrize("late", ["drop", "fold"])
 def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same payloads and delays through the real Aggregator: who is in, and every decoded float, are equal."""
+    # Workers join every open step, as those of tests/helpers/simulated.py do.
+    monkeypatch.setattr(Courses, "wait_before_joining_s", lambda *args: 0.0)
     plan = make_plan([0.05, 0.1, 0.2, 0.5], bits_per_coordinate=4, noise_ratio=1.0, second_track="hajek")
     steps, numel = 120, 512
     rng = np.random.default_rng(5)
@@ -66,7 +62,7 @@ def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypat
         plan,
         partitions=[[0], [1], [2], [3]],
         delays=delays,
-        rule=Impatient(deadline_s=1.0, warmup_steps=3, quorum=2, late=late),
+        rule=ClosingRule(deadline_s=1.0, warmup_steps=3, quorum=2, late=late),
         steps=steps,
         optimizer="adam",
         lr=0.1,
@@ -167,7 +163,7 @@ class Recorded:
     def __init__(self, recording: Path, rule: ClosingRule) -> None:
         self.events = [msgspec.json.decode(line) for line in recording.read_bytes().splitlines()]
         self.closings: list[Closing[None]] = []
-        self._rounds: Rounds[None] = Rounds(rule, PLAN.shares, 1.0 - PLAN.straggle_probs, log_steps=1 << 30)
+        self._rounds: Rounds[None] = Rounds(Courses(rule, PLAN), log_steps=1 << 30)
         for event, then in zip(self.events, [*self.events[1:], None]):
             if event["name"] == "close":
                 self._closes_as(event)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.errors import JobFailed, Refused
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import make_plan
@@ -92,7 +93,7 @@ class Match:
             assert result.step == member.step
             assert result.chunk not in rounds
             rounds[result.chunk] = result
-            if not self.spec.waits_for_all(result.step):
+            if not Courses(self.spec.rule, PLAN, self.spec.first_step).waits_for_all(result.step):
                 member.rates.update(result.chunk, result.counts, result.alive)
         member.applied.append({chunk: bytes(r.payload) for chunk, r in rounds.items()})
         member.counts.append({chunk: r.counts.tolist() for chunk, r in rounds.items()})

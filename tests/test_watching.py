@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_qgc as qgc
 from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Event
 from torch_qgc.logs import Sparing
 from torch_qgc.worker.connection import Connection
@@ -118,7 +119,7 @@ def test_both_ends_say_in_one_line_where_they_are() -> None:
     plan = simple_plan(2)
     aggregator = Aggregator()
     assert repr(aggregator) == "Aggregator(0 of 1, waits for worker 0, Lobby(0 workers in, 0 waiting), None)"
-    session = Session(["a", "b"], make_spec(plan), 1, plan.to_json(), first_step=7)
+    session = Session(["a", "b"], make_spec(plan), 1, Courses(make_spec(plan).rule, plan), first_step=7)
     assert repr(Connection(session, None)) == (  # type: ignore[arg-type]
         "Connection(Session(worker 1, joining, let in by 0 of 2 aggregators, Inbox(step 7, 0 steps held, 0 bytes "
         "ahead)))"

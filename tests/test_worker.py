@@ -17,6 +17,7 @@ from helpers.simulated import make_spec, push_all, simple_plan, take
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.process import AggregatorProcess, check_bind, serve
 from torch_qgc.errors import ConfigError, JobFailed, Refused
+from torch_qgc.job.courses import Courses
 from torch_qgc.planner import Plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
@@ -48,8 +49,8 @@ class Served:
             server.close()
 
 
-def connect(endpoints: list[str], spec: Any, worker: int, plan_json: str, **options: Any) -> Connection:
-    session = Session(endpoints, spec, worker, plan_json, **options)
+def connect(endpoints: list[str], spec: Any, worker: int, plan: Plan, **options: Any) -> Connection:
+    session = Session(endpoints, spec, worker, Courses(spec.rule, plan, spec.first_step), **options)
     return Connection(session, SocketCarrier(session))
 
 
@@ -60,7 +61,7 @@ def job(
     plan = simple_plan(workers, bits_per_coordinate=spec.pop("bits_per_coordinate", 4))
     served = Served(count)
     made = make_spec(plan, aggregators=count, **spec)
-    members = [connect(served.endpoints, made, k, plan.to_json(), inbox_bytes=inbox_bytes) for k in range(workers)]
+    members = [connect(served.endpoints, made, k, plan, inbox_bytes=inbox_bytes) for k in range(workers)]
     try:
         for member in members:
             member.join(PATIENCE_S)
@@ -124,7 +125,7 @@ def test_a_worker_whose_connection_is_closed_is_no_longer_waited_for() -> None:
 
 def test_a_refused_worker_says_why() -> None:
     with job(2) as (served, _, plan):
-        stranger = connect(served.endpoints, make_spec(plan, layout_digest="another"), 1, plan.to_json())
+        stranger = connect(served.endpoints, make_spec(plan, layout_digest="another"), 1, plan)
         with pytest.raises(Refused, match="same model"):
             stranger.join(PATIENCE_S)
         stranger.close()
@@ -136,7 +137,7 @@ def test_a_silent_aggregator_is_noticed() -> None:
         nobody.listen()
         plan = simple_plan(2)
         endpoint = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
-        worker = connect([endpoint], make_spec(plan), 0, plan.to_json(), silence_s=0.5)
+        worker = connect([endpoint], make_spec(plan), 0, plan, silence_s=0.5)
         with pytest.raises(JobFailed, match="nothing heard from the aggregator"):
             worker.join(PATIENCE_S)
         worker.close()
@@ -184,7 +185,7 @@ def test_an_oversized_message_is_cut_off_before_it_is_read() -> None:
     plan = simple_plan(2)
     served = Served(max_message_bytes=1 << 20)
     spec = make_spec(plan, deadline_s=None)
-    workers = [connect(served.endpoints, spec, k, plan.to_json()) for k in range(2)]
+    workers = [connect(served.endpoints, spec, k, plan) for k in range(2)]
     for worker in workers:
         worker.join(PATIENCE_S)
     context, dealer = raw_dealer(served.endpoints[0])
@@ -207,7 +208,7 @@ def test_an_oversized_message_is_cut_off_before_it_is_read() -> None:
 def test_the_aggregator_process_ends_with_the_job_and_frees_its_port() -> None:
     process = AggregatorProcess("127.0.0.31")  # where no other program picks its ports
     plan = simple_plan(1)
-    worker = connect([process.endpoint], make_spec(plan, deadline_s=None), 0, plan.to_json())
+    worker = connect([process.endpoint], make_spec(plan, deadline_s=None), 0, plan)
     worker.join(PATIENCE_S)
     worker.begin(0)
     push_all(worker, plan, 0, torch.ones(512))
@@ -224,7 +225,7 @@ def test_the_aggregator_process_ends_with_the_job_and_frees_its_port() -> None:
 def test_the_aggregator_process_stops_and_tells_when_its_parent_lets_go() -> None:
     process = AggregatorProcess("127.0.0.31")  # where no other program picks its ports
     plan = simple_plan(1)
-    worker = connect([process.endpoint], make_spec(plan), 0, plan.to_json())
+    worker = connect([process.endpoint], make_spec(plan), 0, plan)
     worker.join(PATIENCE_S)
     process._process.stdin.close()  # as the end of rank 0 would
     with pytest.raises(JobFailed, match="rank 0"):

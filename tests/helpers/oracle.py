@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Event
 from torch_qgc.kernels.buffers import Payload, decode_sum
 from torch_qgc.planner import Plan
@@ -30,6 +31,7 @@ class Oracle:
 
     def __init__(self, plan: Plan, spec: JobSpec, payload_of: Callable[[int, int, int], Any]) -> None:
         self.plan, self.spec, self.payload_of = plan, spec, payload_of
+        self._courses = Courses(spec.rule, plan, spec.first_step)
         self.expected: dict[tuple[int, int], NDArray[np.float64]] = {}
         self.counts: dict[tuple[int, int], list[int]] = {}
         self.events: list[Event] = []
@@ -55,7 +57,7 @@ class Oracle:
         assert step is not None
         assert chunk is not None
         _, numel = self.spec.chunk_span(chunk)
-        waits = self.spec.waits_for_all(step)
+        waits = self._courses.waits_for_all(step)
         living = sum(share for share, here in zip(self.plan.shares.tolist(), alive) if here)
         total, counts = np.zeros(numel), [0] * self.spec.workers
         for worker, made_for in self._in[chunk]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from helpers.simulated import peer_of
+from helpers.virtual import session_for
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
@@ -29,7 +30,7 @@ class Pump:
     def connect(self, spec: JobSpec, plan: Plan, worker: int, **options: Any) -> Connection:
         """Connect a new worker to all aggregators."""
         endpoints = [f"memory-{index}" for index in range(len(self.aggregators))]
-        session = self.sessions[peer_of(worker)] = Session(endpoints, spec, worker, plan.to_json(), **options)
+        session = self.sessions[peer_of(worker)] = session_for(spec, plan, worker, endpoints=endpoints, **options)
         return Connection(session, PumpedCarrier(self))
 
     def pump(self) -> None:

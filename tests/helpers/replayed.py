@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Event
 from torch_qgc.job.rounds import Closing, Rounds
 from torch_qgc.planner import Plan
@@ -35,9 +36,7 @@ class Replay:
     def __init__(
         self, plan: Plan, rule: ClosingRule, *, chunks: Sequence[int] = (0,), first_step: int = 0, log_steps: int
     ) -> None:
-        self.rounds: Rounds[None] = Rounds(
-            rule, plan.shares, 1.0 - plan.straggle_probs, chunks=chunks, first_step=first_step, log_steps=log_steps
-        )
+        self.rounds: Rounds[None] = Rounds(Courses(rule, plan, first_step), chunks=chunks, log_steps=log_steps)
         self.closings: list[Closing[None]] = []
         self._decided: list[Closing[None]] = []  # and not yet found on record
         self._in: dict[int, list[tuple[int, int]]] = {chunk: [] for chunk in chunks}

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.process import serve
+from torch_qgc.job.courses import Courses
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.transport import MemoryNetwork
@@ -195,6 +196,8 @@ class VirtualCarrier:
         self.flush()
 
 
-def session_for(spec: JobSpec, plan: Plan, worker: int, **options: Any) -> Session:
+def session_for(
+    spec: JobSpec, plan: Plan, worker: int, *, endpoints: Sequence[str] = ("virtual",), **options: Any
+) -> Session:
     """A session at the one virtual aggregator."""
-    return Session(["virtual"], spec, worker, plan.to_json(), **options)
+    return Session(endpoints, spec, worker, Courses(spec.rule, plan, spec.first_step), **options)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.rounds import Closing
 from torch_qgc.kernels import derive_key
 from torch_qgc.kernels.buffers import Payload, decode_sum, encode
-from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.messages import ABSENT, Result, encode_message
 
@@ -19,24 +19,29 @@ _MOST = ABSENT - 1
 class RoundDecoder:
     """Decode closed rounds, and encode the results for the way down; without torch, on so many threads."""
 
-    def __init__(self, spec: JobSpec, plan: Plan, threads: int = 1) -> None:
-        self._spec, self._plan, self._threads = spec, plan, threads
+    def __init__(self, spec: JobSpec, courses: Courses, threads: int = 1) -> None:
+        self._spec, self._courses, self._threads = spec, courses, threads
 
     def decode(self, closing: Closing[Payload]) -> list[bytes | memoryview]:
         """Decode a round.
 
             ghat = sum over payloads i of c_k(i) Q(h_i),   c_k = m_k / r_k        (docs/runtime.md)
 
+        m_k is the share of worker k in the step that the payload was made for.
+
         Returns:
             The frames of its Result: header and payload.
         """
-        spec, plan = self._spec, self._plan
-        coefficients = plan.coefficients(closing.counts, rates=closing.rates)
+        spec, plan = self._spec, self._courses.at(closing.step).plan
+        weighed = {
+            course.version: course.plan.coefficients(closing.counts, rates=closing.rates)
+            for course in {made_for: self._courses.at(made_for) for _, made_for, _ in closing.payloads}.values()
+        }
         offset, numel = spec.chunk_span(closing.chunk)
         out = np.empty(numel, dtype=np.float32)
         decode_sum(
             [payload for _, _, payload in closing.payloads],
-            [float(coefficients[worker]) for worker, _, _ in closing.payloads],
+            [float(weighed[self._courses.at(made_for).version][worker]) for worker, made_for, _ in closing.payloads],
             out,
             accumulate=False,
             threads=self._threads,

@@ -11,6 +11,7 @@ import numpy as np
 from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import RoundDecoder
 from torch_qgc.errors import ProtocolError
+from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.log import ResultLog
 from torch_qgc.job.rounds import Closing, Fate, Rounds
@@ -53,21 +54,20 @@ class Job:
         stats: Counter[str],
         trace: Trace = silent,
     ) -> None:
-        self.spec, self.plan, self.stats = spec, plan, stats
+        self.spec, self.stats = spec, stats
+        self.courses = Courses(spec.rule, plan, spec.first_step)
         self.failed: str | None = None
         self.outbox: list[tuple[int | None, list[Frame]]] = []
         self.log = ResultLog(spec.log_capacity(index))
         self.rounds: Rounds[Payload] = Rounds(
-            spec.rule,
-            plan.shares,
-            1.0 - plan.straggle_probs,
+            self.courses,
             chunks=spec.owned_by(index),
-            first_step=spec.first_step,
             log_steps=self.log.capacity,
             join_by_s=now + spec.join_timeout_s,
             trace=trace,
         )
-        self._decoder = RoundDecoder(spec, plan, threads)
+        self._decides = index == 0  # about new plans
+        self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
         self._has_been_late: set[int] = set()
@@ -96,6 +96,9 @@ class Job:
         self.rounds.join(worker, step, now)
         logger.info("worker %d joined at step %d", worker, step)
         self._send(worker, messages.Welcome(oldest))
+        if self._decides:
+            for course in self.courses.changes:
+                self._announce(course, worker)
 
     def lost(self, worker: int, now: float, why: str = "its process or its network is gone") -> None:
         """Note that a worker has vanished: an immediate erasure, or the end of the job if the rule says so."""
@@ -157,6 +160,8 @@ class Job:
             case messages.Mark():
                 self._agreement.mark(worker, message)
                 self._settle_agreement(now)
+            case messages.Replan():
+                self._adopt(worker, message, rest)
             case messages.Fault(step, text):
                 self.fail(f"worker {worker} failed at step {step}: {text}", now)
             case messages.Bye(step):
@@ -166,8 +171,9 @@ class Job:
     def _push(self, worker: int, push: messages.Push, rest: Sequence[Frame], now: float) -> None:
         where = f"worker {worker}, step {push.step}, chunk {push.chunk}"
         self.rounds.open_step(push.chunk)
-        if push.bits != self.plan.bits[worker]:
-            raise ProtocolError(f"{where}: expected {self.plan.bits[worker]} bits as planned, got {push.bits}")
+        bits = self.courses.at(push.step).plan.bits[worker]
+        if push.bits != bits:
+            raise ProtocolError(f"{where}: expected {bits} bits as planned, got {push.bits}")
         numel = self.spec.chunk_span(push.chunk)[1]
         expected = payload_bytes(numel, push.bits)
         got = [memoryview(frame).nbytes for frame in rest]
@@ -222,8 +228,8 @@ class Job:
         self.log.put(closing.step, closing.chunk, frames)
         self.outbox.append((EVERYBODY, frames))
         self.stats["rounds"] += 1
-        rule = self.spec.rule
-        if rule.deadline_s is not None and closing.extended_s > 0.5 * rule.deadline_s:
+        deadline_s = self.courses.deadline_s(closing.step)
+        if deadline_s is not None and closing.extended_s > 0.5 * deadline_s:
             self.stats["extended"] += 1
             logger.info(
                 "step %d, chunk %d was open %.2f s after its deadline: it waited for its quorum of %d, or for a worker "
@@ -231,9 +237,43 @@ class Job:
                 closing.step,
                 closing.chunk,
                 closing.extended_s,
-                rule.quorum,
+                self.spec.rule.quorum,
                 self.log.capacity,
             )
+
+    # --- new plans --------------------------------------------------------------------------------------
+
+    def replan(self, plan: Plan, deadline_s: float | None) -> None:
+        """Let a plan and a deadline hold from the first step on that no worker can have begun; of aggregator 0 alone.
+
+        Raises:
+            ConfigError: this job cannot train with the plan.
+        """
+        self.spec.check_plan(plan)
+        newest = self.courses.newest
+        # Every worker hears of it before the result of the step that is open now, without which it begins no later one.
+        course = Course(
+            version=newest.version + 1,
+            from_step=max(self.rounds.newest, newest.from_step) + 1,
+            plan=plan,
+            deadline_s=deadline_s,
+        )
+        self.courses.add(course)
+        self._announce(course, EVERYBODY)
+
+    def _announce(self, course: Course, worker: int | None) -> None:
+        self.outbox.append((worker, course.to_frames()))
+
+    def _adopt(self, worker: int, replan: messages.Replan, rest: Sequence[Frame]) -> None:
+        """Take a plan that aggregator 0 has decided on and a worker passes on."""
+        course = Course.from_frames(replan, rest, self.spec)
+        late = course.version > self.courses.newest.version and course.from_step < self.rounds.newest
+        if self._decides or late:
+            raise ProtocolError(
+                f"worker {worker} tells of plan {course.version} from step {course.from_step} on: "
+                + ("aggregator 0 makes the plans" if self._decides else f"step {self.rounds.newest} is open already")
+            )
+        self.courses.add(course)
 
     # --- agreement --------------------------------------------------------------------------------------
 

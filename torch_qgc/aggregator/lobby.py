@@ -32,12 +32,7 @@ def read_job(hello: messages.Hello, rest: Sequence[Any], *, aggregators: int) ->
     Raises:
         ProtocolError, PlanError, ConfigError: it cannot be; names the remedy.
     """
-    if len(rest) != 1 or memoryview(rest[0]).nbytes > messages.MAX_PLAN_BYTES:
-        raise ProtocolError(f"worker 0's Hello: expected one plan frame of at most {messages.MAX_PLAN_BYTES} bytes")
-    try:
-        plan = Plan.from_json(bytes(memoryview(rest[0])).decode())
-    except UnicodeDecodeError as error:
-        raise ProtocolError(f"worker 0's Hello: its plan cannot be read ({error})") from error
+    plan = messages.plan_frame(rest, "worker 0's Hello")
     spec = hello.spec
     spec.validate(plan)
     if spec.aggregators != aggregators:

@@ -98,6 +98,8 @@ def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = 
     if runs is not None:
         config = msgspec.structs.replace(config, runs=runs)
     deadline_s = config.deadline_s if config.rule is None else config.rule.deadline_s
+    if deadline_s == "auto":
+        raise ConfigError("deadline_s: expected seconds, got 'auto', which is measured in a running job")
     delays = _delays(config.delays, deadline_s, path.parent)
     late = np.zeros(delays.sample(np.random.default_rng(0), 1).size)
     if deadline_s is not None:

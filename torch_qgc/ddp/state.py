@@ -21,6 +21,7 @@ from torch_qgc.ddp.rendezvous import (
 )
 from torch_qgc.ddp.settings import Limits, choose_plan, closing_rule, job_spec
 from torch_qgc.ddp.thin import first_samples
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
@@ -73,7 +74,6 @@ class QGCState:
         trace: is called with every `torch_qgc.job.events.Event` of this worker's steps.
     Attributes:
         rank, workers: this worker's number, and how many there are.
-        plan: the plan of the job.
         replica: what DDP, the loader, the optimizers and Lightning are handed; not part of the user's interface.
     Raises:
         ConfigError: something that cannot work, with the remedy; on every rank if it happens on one.
@@ -106,7 +106,7 @@ class QGCState:
             self._model = check_model(model, may_be_late=deadline_s is not None)
             self._group: dist.ProcessGroup = group  # type: ignore[assignment]  # check_model has seen that it is one
             self.rank, self.workers = dist.get_rank(group), dist.get_world_size(group)
-            self.plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
+            plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
             rule = closing_rule(
                 workers=self.workers,
                 deadline_s=deadline_s,
@@ -119,7 +119,7 @@ class QGCState:
             layout = Layout(exchanged_parameters(self._model), chunk_numel=limits.chunk_numel)
             spec = job_spec(
                 layout,
-                self.plan,
+                plan,
                 rule,
                 workers=self.workers,
                 seed=seed,
@@ -133,12 +133,12 @@ class QGCState:
         sessions: list[Session] = []  # this worker's, once it has asked to come in
         self._stop_children = weakref.finalize(self, _stop, children, sessions)
 
-        def connect(spec: JobSpec, plan: Plan, first_step: int, trace: Trace) -> Connection:
+        def connect(spec: JobSpec, courses: Courses, first_step: int, trace: Trace) -> Connection:
             session = Session(
                 endpoints,
                 spec,
                 dist.get_rank(group),
-                plan.to_json(),
+                courses,
                 first_step=first_step,
                 inbox_bytes=limits.inbox_bytes,
                 silence_s=limits.silence_s,
@@ -150,7 +150,7 @@ class QGCState:
         self.replica = Replica(
             self._model.module,
             layout,
-            self.plan,
+            plan,
             spec,
             worker=self.rank,
             connect=connect,
@@ -169,6 +169,11 @@ class QGCState:
             self._model.register_forward_hook(forward.after),
         ]
         watch_optimizers(self.replica)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the step that this replica makes next, or is in."""
+        return self.replica.plan
 
     @property
     def step(self) -> int:
@@ -318,7 +323,6 @@ class QGCState:
         found = Checkpoint.from_dict(state_dict)
         plan = found.informed(self.plan)
         self.replica.start_at(found.step, found.seed, plan)
-        self.plan = plan
         self._positions = list(found.loaders)
         for loader in self._loaders[: len(self._positions)]:
             loader.load_state_dict(self._positions.pop(0))
@@ -357,8 +361,9 @@ class QGCState:
         return _no_state, ()  # a copy of the model takes no part in the job
 
     def __repr__(self) -> str:
-        rule, replica = self.replica.spec.rule, self.replica
-        closes = "waits for all" if rule.deadline_s is None else f"closes after {rule.deadline_s:g} s ({rule.late})"
+        replica = self.replica
+        deadline_s, late = replica.courses.deadline_s(self.step), replica.spec.rule.late
+        closes = "waits for all" if deadline_s is None else f"closes after {deadline_s:g} s ({late})"
         return (
             f"QGCState(worker {self.rank} of {self.workers}, {replica.position!r}, "
             f"{int(self.plan.bits[self.rank])} bits up and {replica.spec.downlink_bits} down, {closes}, "

@@ -45,8 +45,8 @@ class ArrivalRates:
         self.mean_gap = np.repeat(prior_gap[:, None], chunks, axis=1)  # [K, C] rounds
         self._open_gap = np.zeros_like(self.mean_gap)  # rounds since the last contribution
         self._seen = np.zeros_like(self.mean_gap)  # contributions so far
-        self._prior_contributions = prior_rounds * rates  # [K]
-        self._memory = memory
+        self._prior_contributions = np.repeat((prior_rounds * rates)[:, None], chunks, axis=1)
+        self._prior_rounds, self._memory = prior_rounds, memory
 
     def rates(self, chunk: int) -> NDArray[np.float64]:
         """Return [K] expected contributions per round of a chunk, from past rounds alone."""
@@ -59,6 +59,13 @@ class ArrivalRates:
         gap = self.mean_gap.mean(axis=1)
         rates: NDArray[np.float64] = np.where(np.isfinite(gap), 1.0 / np.maximum(gap, 1e-9), 0.0)
         return rates
+
+    def expect(self, chunk: int, prior_rates: NDArray[np.float64]) -> None:
+        """Begin anew with a chunk's rates, from what a new plan expects: [K] in [0, 1]."""
+        with np.errstate(divide="ignore"):
+            self.mean_gap[:, chunk] = np.where(prior_rates > 0, 1.0 / prior_rates, np.inf)
+        self._prior_contributions[:, chunk] = self._prior_rounds * prior_rates
+        self._seen[:, chunk] = 0
 
     def update(self, chunk: int, counts: NDArray[np.int64], alive: NDArray[np.bool_]) -> None:
         """Enter a closed round: counts [K] payloads of each worker in it; the dead are not counted as late."""
@@ -74,5 +81,5 @@ class ArrivalRates:
         if not np.isfinite(mean):
             self.mean_gap[k, chunk] = gap
             return
-        weight = max(1.0 / (self._prior_contributions[k] + self._seen[k, chunk]), 1.0 / self._memory)
+        weight = max(1.0 / (self._prior_contributions[k, chunk] + self._seen[k, chunk]), 1.0 / self._memory)
         self.mean_gap[k, chunk] = mean + weight * (gap - mean)

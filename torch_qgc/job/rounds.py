@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import ProtocolError
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.job.roster import Roster
-from torch_qgc.protocol.contract import ClosingRule
 
 __all__ = ["Closing", "Fate", "Rounds"]
 
@@ -85,11 +85,8 @@ class Rounds(Generic[T]):
     """The open rounds of some chunks of one job; there is one per chunk. `T` is whatever is kept of a payload.
 
     Args:
-        rule: when rounds close.
-        shares: [K] float64, fraction of the data that each worker answers for.
-        prior_rates: [K] expected contributions per round, 1 - p_k.
+        courses: the plan, when rounds close, and how both change.
         chunks: which chunks.
-        first_step: of the job.
         log_steps: results that are kept. A worker that is about to lack one that is not kept is waited for.
         join_by_s: when workers that have not joined are no longer waited for.
         trace: is told what happens.
@@ -97,26 +94,25 @@ class Rounds(Generic[T]):
 
     def __init__(
         self,
-        rule: ClosingRule,
-        shares: NDArray[np.float64],
-        prior_rates: NDArray[np.float64],
+        courses: Courses,
         *,
         chunks: Sequence[int] = (0,),
-        first_step: int = 0,
         log_steps: int,
         join_by_s: float = math.inf,
         trace: Trace = silent,
     ) -> None:
-        self.rule, self.chunks = rule, list(chunks)
-        self.roster = Roster(len(shares), first_step, join_by_s)
-        self.rates = ArrivalRates(prior_rates, chunks=len(self.chunks))
-        self._shares, self._first_step, self._log_steps, self._trace = shares, first_step, log_steps, trace
+        plan, first_step = courses.at(courses.first_step).plan, courses.first_step
+        workers = plan.num_workers
+        self.courses, self.rule, self.chunks = courses, courses.rule, list(chunks)
+        self.roster = Roster(workers, first_step, join_by_s)
+        self.rates = ArrivalRates(1.0 - plan.straggle_probs, chunks=len(self.chunks))
+        self._log_steps, self._trace = log_steps, trace
         self._open: dict[int, _Round[T]] = {chunk: _Round(first_step) for chunk in self.chunks}
         self._column = {chunk: i for i, chunk in enumerate(self.chunks)}
-        self._last = np.full((len(shares), len(self.chunks)), -1, dtype=np.int64)  # newest step that each delivered
+        self._last = np.full((workers, len(self.chunks)), -1, dtype=np.int64)  # newest step that each delivered
         self.began_at_s: dict[int, float] = {}  # of the steps that are open
         self._begun: dict[int, _Begun] = {}  # by worker
-        self._pace = [Pace() for _ in range(len(shares))]  # from BEGIN to the last payload here
+        self._pace = [Pace() for _ in range(workers)]  # from BEGIN to the last payload here
 
     # --- where the job is -------------------------------------------------------------------------------
 
@@ -147,7 +143,7 @@ class Rounds(Generic[T]):
 
     def waits_for_all(self, step: int) -> bool:
         """Tell whether a step closes only when every live worker is in."""
-        return self.rule.waits_for_all(step - self._first_step)
+        return self.courses.waits_for_all(step)
 
     def present(self, chunk: int) -> AbstractSet[int]:
         """Return the workers whose payload for the open step of a chunk is in."""
@@ -249,24 +245,22 @@ class Rounds(Generic[T]):
 
         A deadline that has passed waits for its quorum, which only an arrival can complete.
         """
-        if self.rule.deadline_s is None:
-            return math.inf
-        ahead = [began + self.rule.deadline_s for began in self.began_at_s.values()]
+        deadlines_s = [(began, self.courses.deadline_s(step)) for step, began in self.began_at_s.items()]
+        ahead = [began + deadline_s for began, deadline_s in deadlines_s if deadline_s is not None]
         return min((at for at in ahead if at > now), default=math.inf)
 
     def _is_due(self, current: _Round[T], now: float, alive: AbstractSet[int]) -> bool:
         present = current.present
         if alive and alive <= present:
             return True
-        began_at_s = self.began_at_s.get(current.step)
-        if began_at_s is None or self.waits_for_all(current.step):
+        began_at_s, deadline_s = self.began_at_s.get(current.step), self.courses.deadline_s(current.step)
+        if began_at_s is None or deadline_s is None:
             return False
-        assert self.rule.deadline_s is not None
         if len(present) < min(self.rule.quorum, max(len(alive), 1)):
             return False
         if not self.roster.behind(current.step - self._log_steps + 2) <= present:  # they would fall off the log
             return False
-        by_s = began_at_s + self.rule.deadline_s
+        by_s = began_at_s + deadline_s
         if now >= by_s:
             return True
         return self.rule.awaits == "begun" and not any(
@@ -300,17 +294,20 @@ class Rounds(Generic[T]):
 
     def _close(self, chunk: int, now: float) -> Closing[T]:
         current, column = self._open[chunk], self._column[chunk]
-        waits = self.waits_for_all(current.step)
+        course, deadline_s = self.courses.at(current.step), self.courses.deadline_s(current.step)
+        waits, shares = deadline_s is None, course.plan.shares
+        if self.courses.changes_at(current.step):
+            self.rates.expect(column, 1.0 - course.plan.straggle_probs)
         payloads = [(worker, made_for, kept) for (worker, made_for), kept in sorted(current.payloads.items(), key=_key)]
-        counts = np.bincount([worker for worker, _, _ in payloads], minlength=len(self._shares)).astype(np.int64)
+        counts = np.bincount([worker for worker, _, _ in payloads], minlength=len(shares)).astype(np.int64)
         alive = self.roster.alive | (counts > 0)  # who is in it answers for its own share, whatever became of it since
         rates = np.ones(len(alive)) if waits else self.rates.rates(column)
-        rates = rates * max(float(self._shares[alive].sum()), 1e-9)
+        rates = rates * max(float(shares[alive].sum()), 1e-9)
         extended_s = 0.0
-        if not waits:
+        if deadline_s is not None:
             self.rates.update(column, counts, alive)
-            if self.rule.deadline_s is not None and current.step in self.began_at_s:
-                extended_s = max(now - self.began_at_s[current.step] - self.rule.deadline_s, 0.0)
+            if current.step in self.began_at_s:
+                extended_s = max(now - self.began_at_s[current.step] - deadline_s, 0.0)
         self._open[chunk] = _Round(current.step + 1, before=frozenset(current.present))
         for past in [step for step in self.began_at_s if step < self.oldest]:
             del self.began_at_s[past]
@@ -322,7 +319,7 @@ class Rounds(Generic[T]):
         steps = f"step {self.oldest}" if self.oldest == self.newest else f"steps {self.oldest} to {self.newest}"
         return (
             f"Rounds({steps} open, {len(self.chunks)} chunks, {int(self.roster.alive.sum())} of "
-            f"{len(self._shares)} workers alive)"
+            f"{len(self.roster.alive)} workers alive)"
         )
 
 

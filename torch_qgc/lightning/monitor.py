@@ -66,7 +66,7 @@ class QGCMonitor(Callback):
         found = {f"step_s/worker{k}": value for k, value in enumerate(seconds) if not np.isnan(value)}
         found |= {f"arrival_rate/worker{k}": rate for k, rate in enumerate(self._rates())}
         found |= {f"bits/worker{k}": bits for k, bits in enumerate(state.plan.bits)}
-        deadline_s = state.replica.spec.rule.deadline_s
+        deadline_s = state.replica.courses.deadline_s(state.step)
         if deadline_s is not None:
             found["deadline_s"] = deadline_s
         found |= {"replayed_steps": report.replayed_steps, "late_steps": report.late_steps}
@@ -74,5 +74,5 @@ class QGCMonitor(Callback):
 
     def _rates(self) -> list[float]:
         report = self._state.report()
-        waits = self._state.replica.spec.rule.deadline_s is None
+        waits = not self._state.replica.may_be_late
         return [float(rate) for rate in (report.contributions if waits else report.rates)]

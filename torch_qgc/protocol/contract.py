@@ -33,7 +33,8 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Args:
         deadline_s: seconds after the step's first BEGIN at which it closes without the late ones; None waits
-            for all, as DDP does. Shorter: faster steps, more stragglers left out.
+            for all, as DDP does. Shorter: faster steps, more stragglers left out. "auto": waits for all until it is
+            known how long workers take, then what reaches a given loss soonest (docs/tuning.md).
         awaits: whom a step waits for until its deadline. "begun": those that have begun it, if their usual time lets
             them make it, and those that were in the step before and are about to begin; a worker that is still busy
             with an older step, or catching up, costs no time. "alive": every live worker.
@@ -47,7 +48,7 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ConfigError: a value out of range.
     """
 
-    deadline_s: float | None = None
+    deadline_s: float | Literal["auto"] | None = None
     awaits: Literal["begun", "alive"] = "begun"
     warmup_steps: int = 3
     quorum: int = 1
@@ -55,11 +56,17 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_staleness: int = 32
     on_loss: Literal["continue", "fail"] = "continue"
 
+    @property
+    def may_be_late(self) -> bool:
+        """Steps may close without workers that are alive."""
+        return self.deadline_s is not None
+
     def __post_init__(self) -> None:
         deadline_s: Any = self.deadline_s
-        if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 < deadline_s < math.inf):
+        if deadline_s not in (None, "auto") and not (isinstance(deadline_s, int | float) and 0 < deadline_s < math.inf):
             raise ConfigError(
-                f"deadline_s: expected a positive number of seconds, or None to wait for all, got {self.deadline_s!r}"
+                "deadline_s: expected a positive number of seconds, 'auto', or None to wait for all, got "
+                f"{self.deadline_s!r}"
             )
         for name, least, most in (
             ("warmup_steps", 0, 2**31 - 1),
@@ -76,29 +83,6 @@ class ClosingRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ):
             if getattr(self, name) not in words:
                 raise ConfigError(f"{name}: expected {words[0]!r} or {words[1]!r}, got {getattr(self, name)!r}")
-
-    def waits_for_all(self, step: int) -> bool:
-        """Tell whether a step, counted from the job's first, closes only when every live worker is in."""
-        return self.deadline_s is None or step < self.warmup_steps
-
-    def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
-        """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
-
-        Where late payloads are dropped, a worker that can no longer make it had better begin the next step with the
-        others. A step that has just begun is always tried, else a slow worker would never take part; one that is
-        still open after its deadline lacks its quorum, and needs everybody.
-
-        Args:
-            step: counted from the job's first.
-            elapsed_s: for how long the step's clock has been running; None if nobody has begun it.
-            usual_s: how long this worker usually takes; None if it does not know yet.
-        """
-        if self.late == "fold" or self.waits_for_all(step) or elapsed_s is None or usual_s is None:
-            return 0.0
-        assert self.deadline_s is not None
-        if elapsed_s < self.deadline_s / 4 or elapsed_s + usual_s <= self.deadline_s or elapsed_s > self.deadline_s:
-            return 0.0
-        return 1.25 * self.deadline_s - elapsed_s  # a quarter for the results to come
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,10 +116,6 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def owned_by(self, aggregator: int) -> range:
         """Return the chunks of an aggregator."""
         return range(aggregator, self.chunks, self.aggregators)
-
-    def waits_for_all(self, step: int) -> bool:
-        """Tell whether a step closes only when every live worker is in."""
-        return self.rule.waits_for_all(step - self.first_step)
 
     def log_capacity(self, aggregator: int) -> int:
         """Return how many steps of results an aggregator's log holds."""
@@ -188,18 +168,23 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"{LEAST_LOG_STEPS * self._step_bytes(0):,} bytes per aggregator, got {self.log_bytes:,}: raise "
                 "Limits(log_bytes=...), lower downlink_bits, or take more aggregators"
             )
-        self._check_plan(plan)
-
-    def _check_plan(self, plan: Plan) -> None:
-        if plan.num_workers != self.workers:
-            raise ConfigError(
-                f"plan: expected one for {self.workers} workers (the process group's size), got one for "
-                f"{plan.num_workers}: make_plan needs one straggle probability per rank"
-            )
         if plan.digest() != self.plan_digest:
             raise ConfigError(
                 f"plan: expected the one with digest {self.plan_digest}, got {plan.digest()}: pass the same plan to "
                 "every rank"
+            )
+        self.check_plan(plan)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Check that this job can train with a plan.
+
+        Raises:
+            ConfigError: it cannot; names the remedy.
+        """
+        if plan.num_workers != self.workers:
+            raise ConfigError(
+                f"plan: expected one for {self.workers} workers (the process group's size), got one for "
+                f"{plan.num_workers}: make_plan needs one straggle probability per rank"
             )
         mute = [worker for worker, bits in enumerate(plan.bits.tolist()) if bits == 0]
         if mute:

@@ -7,11 +7,13 @@ are range-checked by the schema, text is bounded, and sizes are compared before 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
 from torch_qgc.errors import ProtocolError
+from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Push",
     "Refusal",
     "Rejected",
+    "Replan",
     "Result",
     "Started",
     "Verify",
@@ -43,9 +46,10 @@ __all__ = [
     "decode_from_aggregator",
     "decode_from_worker",
     "encode_message",
+    "plan_frame",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 40 * 1024  # every header, with a text of 8192 characters in it; plans travel in their own frame
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
@@ -119,6 +123,18 @@ class Bye(msgspec.Struct, tag="bye", frozen=True):
     """Leave in good order, having applied all steps below `step`."""
 
     step: Step
+
+
+class Replan(msgspec.Struct, tag="replan", frozen=True):
+    """Tell what holds from a step on. Second frame: the plan (JSON).
+
+    Aggregator 0 decides it, and tells every worker before the result of the step before; workers tell the other
+    aggregators before they begin the step.
+    """
+
+    version: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    from_step: Step
+    deadline_s: Annotated[float, msgspec.Meta(gt=0.0)] | None
 
 
 # --- aggregator to worker -------------------------------------------------------------------------------
@@ -201,10 +217,36 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Show that the aggregator is there."""
 
 
-FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Fault | Bye
+FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Fault | Bye | Replan
 FromAggregator = (
-    Welcome | Refusal | Introduce | Started | Result | Gone | Verify | Agreed | Marked | Rejected | Failed | Ping
+    Welcome
+    | Refusal
+    | Introduce
+    | Started
+    | Result
+    | Gone
+    | Verify
+    | Agreed
+    | Marked
+    | Rejected
+    | Failed
+    | Ping
+    | Replan
 )
+
+
+def plan_frame(rest: Sequence[Any], where: str) -> Plan:
+    """Return the plan in the one frame after a header.
+
+    Raises:
+        ProtocolError, PlanError: it is none; `where` says of what it was to be one.
+    """
+    if len(rest) != 1 or memoryview(rest[0]).nbytes > MAX_PLAN_BYTES:
+        raise ProtocolError(f"{where}: expected one plan frame of at most {MAX_PLAN_BYTES} bytes")
+    try:
+        return Plan.from_json(bytes(memoryview(rest[0])).decode())
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"{where}: its plan cannot be read ({error})") from error
 
 
 def as_text(words: object) -> str:

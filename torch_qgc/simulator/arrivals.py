@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rounds import Fate, Rounds
 from torch_qgc.planner import Plan
@@ -150,8 +151,8 @@ class JobRounds:
     """
 
     def __init__(self, delays: DelaySource, rule: ClosingRule, active: Mask, plan: Plan, *, log_steps: int) -> None:
-        self._delays, self._rule = delays, rule
-        self._rounds: Rounds[None] = Rounds(rule, plan.shares, 1.0 - plan.straggle_probs, log_steps=log_steps)
+        self._delays, self._courses = delays, Courses(rule, plan)
+        self._rounds: Rounds[None] = Rounds(self._courses, log_steps=log_steps)
         for worker in np.flatnonzero(~active).tolist():
             self._rounds.leave(worker, 0.0)
         self._idle = set(np.flatnonzero(active).tolist())  # workers that compute nothing until the next step opens
@@ -191,7 +192,7 @@ class JobRounds:
         """Let a worker that has nothing to compute begin the open step, or wait for the next one."""
         step = self._rounds.newest
         began_at_s = self._rounds.began_at_s.get(step)
-        patience_s = self._rule.wait_before_joining_s(
+        patience_s = self._courses.wait_before_joining_s(
             step,
             None if began_at_s is None else self._now - began_at_s,
             self._pace[worker].usual_s,

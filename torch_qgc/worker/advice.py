@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from torch_qgc.job.courses import Courses
 from torch_qgc.logs import logger
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.report import Report
@@ -20,12 +21,13 @@ class Advice:
     """Watch for what makes a deadline useless.
 
     Args:
-        spec: the job.
+        spec, courses: the job.
         worker: this worker's number.
         sequence_number: of the process group's newest collective; None if it has none.
     """
 
-    def __init__(self, spec: JobSpec, worker: int, sequence_number: Callable[[], int | None]) -> None:
+    def __init__(self, spec: JobSpec, courses: Courses, worker: int, sequence_number: Callable[[], int | None]) -> None:
+        self.courses = courses
         self._spec, self._worker, self._sequence_number = spec, worker, sequence_number
         self._given: set[str] = set()
         self._after_backward: int | None = None
@@ -51,7 +53,7 @@ class Advice:
         self._before_forward = None
 
     def _number(self) -> int | None:
-        watches = self._spec.rule.deadline_s is not None and "collective" not in self._given
+        watches = self._spec.rule.may_be_late and "collective" not in self._given
         return self._sequence_number() if watches else None
 
     def _compare(self, before: int | None, after: int | None, where: str) -> None:
@@ -93,8 +95,8 @@ class Advice:
 
     def step_made(self, counts: Report, usual_s: float | None) -> None:
         """A step was applied; look at the job as a whole now and then."""
-        steps = counts.steps
-        if steps != _AFTER_STEPS or self._spec.rule.deadline_s is None:
+        steps, deadline_s = counts.steps, self.courses.newest.deadline_s
+        if steps != _AFTER_STEPS or deadline_s is None:
             return
         sums = counts.contribution_sums
         for k in range(self._spec.workers):
@@ -104,11 +106,11 @@ class Advice:
                     f"worker {k} has contributed to none of the last {steps - 3} steps: its data is not learnt. Raise "
                     "the deadline above the time of its step, or give it less to do",
                 )
-        if usual_s is not None and usual_s > 2.0 * self._spec.rule.deadline_s and sums.min() >= steps - 3:
+        if usual_s is not None and usual_s > 2.0 * deadline_s and sums.min() >= steps - 3:
             self._give(
                 "deadline",
                 f"worker {self._worker}: a step takes {usual_s:.2f} s, more than two deadlines of "
-                f"{self._spec.rule.deadline_s:g} s, and yet nobody was ever late: something outside of the hook makes "
+                f"{deadline_s:g} s, and yet nobody was ever late: something outside of the hook makes "
                 "the ranks wait for each other",
             )
 

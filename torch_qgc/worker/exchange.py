@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from torch_qgc.errors import ConfigError
+from torch_qgc.job.courses import Courses
 from torch_qgc.kernels import derive_key
-from torch_qgc.planner import Plan
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.flat import FlatGradient
 from torch_qgc.worker.inbox import ClosedRound
@@ -27,7 +27,7 @@ class Exchange:
 
     Args:
         layout: where parameters and chunks lie.
-        plan: this worker's bits, and the norm.
+        courses: this worker's bits, and the norm, in each step.
         connection: to the job.
         worker: this worker's number.
         seed: of the dither.
@@ -35,11 +35,11 @@ class Exchange:
     """
 
     def __init__(
-        self, layout: Layout, plan: Plan, connection: Connection, *, worker: int, seed: int, spans: Spans
+        self, layout: Layout, courses: Courses, connection: Connection, *, worker: int, seed: int, spans: Spans
     ) -> None:
         self.flat = FlatGradient(layout)
         self._layout, self._connection, self._spans = layout, connection, spans
-        self._bits, self._norm = int(plan.bits[worker]), plan.norm
+        self._courses = courses
         self._seed, self._worker = seed, worker
         self._pending: list[tuple[torch.futures.Future[torch.Tensor], torch.Tensor, _Places]] = []
         self._thin = False
@@ -114,12 +114,13 @@ class Exchange:
         """Gather some parameters' gradients, and send the chunks that are complete with them."""
         with self._spans("gather", step=step):
             complete = [chunk for slot, g in places for chunk in self.flat.gather(slot, g, loss_scale)]
-        key = derive_key(self._seed, step, self._worker)
+        key, plan = derive_key(self._seed, step, self._worker), self._courses.at(step).plan
+        bits = int(plan.bits[self._worker])
         for chunk in complete:
             with self._spans("encode", step=step, chunk=chunk.index):
-                payload, finite = self.flat.encode(chunk, self._bits, key=key, norm=self._norm)
+                payload, finite = self.flat.encode(chunk, bits, key=key, norm=plan.norm)
             self.not_finite |= not finite
-            self._connection.push(step, chunk.index, self._bits, payload)
+            self._connection.push(step, chunk.index, bits, payload)
             self._spans.mark("push", step=step, chunk=chunk.index)
 
     @property

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from torch_qgc.errors import ConfigError, QGCError
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
@@ -39,8 +40,8 @@ from torch_qgc.worker.update import Update
 
 __all__ = ["Connect", "Replica"]
 
-#: Makes the connection when the first step is made: (the job, the plan, the first step, the trace) -> connection.
-Connect = Callable[[JobSpec, Plan, int, Trace], Connection]
+#: Makes the connection when the first step is made: (the job, its plans, the first step, the trace) -> connection.
+Connect = Callable[[JobSpec, Courses, int, Trace], Connection]
 
 
 class Replica:
@@ -70,7 +71,8 @@ class Replica:
         trace: Trace = silent,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.layout, self.plan, self.spec, self.worker = layout, plan, spec, worker
+        self.layout, self.spec, self.worker = layout, spec, worker
+        self.courses = Courses(spec.rule, plan, spec.first_step)
         self.position = Position(spec.first_step)
         self.counts = Report(workers=spec.workers, numel=layout.numel)
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(layout.chunks))
@@ -78,7 +80,7 @@ class Replica:
         self.update = Update(layout, self.check_exchanged)
         self.loops = 0  # over loaders, in which steps were made
         self._buffers = KeptBuffers(module)
-        self._advice = Advice(spec, worker, sequence_number)
+        self._advice = Advice(spec, self.courses, worker, sequence_number)
         self._spans = Spans(worker, trace, now)
         self._connect, self._trace, self._now = connect, trace, now
         self._connection: Connection | None = None
@@ -97,6 +99,11 @@ class Replica:
         return self.position.step
 
     @property
+    def plan(self) -> Plan:
+        """The plan of that step."""
+        return self.courses.at(self.step).plan
+
+    @property
     def in_step(self) -> bool:
         """A forward pass has begun a step whose gradient has not been exchanged."""
         return self.position.in_step
@@ -104,7 +111,7 @@ class Replica:
     @property
     def may_be_late(self) -> bool:
         """Steps may close without this worker."""
-        return self.spec.rule.deadline_s is not None
+        return self.spec.rule.may_be_late
 
     @property
     def failure(self) -> QGCError | None:
@@ -121,9 +128,10 @@ class Replica:
             raise ConfigError(
                 "load_state_dict: expected a state that has made no step yet; load right after QGCState(...)"
             )
-        self.plan = plan
         self.spec = msgspec.structs.replace(self.spec, first_step=step, seed=seed, plan_digest=plan.digest())
         self.spec.validate(plan)
+        self.courses = Courses(self.spec.rule, plan, step)
+        self._advice.courses = self.courses
         self.position, self.statement.stated_step = Position(step), step
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(self.layout.chunks))
 
@@ -165,9 +173,7 @@ class Replica:
         connection, _ = self.joined()
         if connection.closed(step):
             return True
-        patience_s = self.spec.rule.wait_before_joining_s(
-            step - self.spec.first_step, connection.elapsed_s(step), self._pace.usual_s
-        )
+        patience_s = self.courses.wait_before_joining_s(step, connection.elapsed_s(step), self._pace.usual_s)
         return patience_s > 0.0 and connection.wait_closed(step, patience_s)
 
     # --- full and thin steps ------------------------------------------------------------------------------
@@ -340,7 +346,9 @@ class Replica:
     def _note(self, result: ClosedRound) -> None:
         """Enter a result: into the counts, and into the same estimate of rates that the aggregators have."""
         self.counts.note(result.counts, chunks=len(self.layout.chunks))
-        if not self.spec.waits_for_all(result.step):
+        if self.courses.changes_at(result.step):
+            self.rates.expect(result.chunk, 1.0 - self.courses.at(result.step).plan.straggle_probs)
+        if not self.courses.waits_for_all(result.step):
             self.rates.update(result.chunk, result.counts, result.alive)
 
     # --- replayed steps -----------------------------------------------------------------------------------
@@ -409,12 +417,12 @@ class Replica:
     def joined(self) -> tuple[Connection, Exchange]:
         """Return the connection and the exchange; join the job now if that has not been done."""
         if self._connection is None or self._exchange is None:
-            connection = self._connect(self.spec, self.plan, self.step, self._trace)
+            connection = self._connect(self.spec, self.courses, self.step, self._trace)
             self._closer = weakref.finalize(self, connection.close)  # if nobody closes it
             connection.join(self.spec.join_timeout_s)
             self._connection = connection
             self._exchange = Exchange(
-                self.layout, self.plan, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
+                self.layout, self.courses, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
             )
             at_the_end(self)
         return self._connection, self._exchange

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch_qgc.errors import JobFailed, QGCError, Refused
+from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
@@ -28,7 +29,7 @@ class Session:
         endpoints: of aggregator 0, 1, ...; chunk c belongs to aggregator c mod their number.
         spec: the job.
         worker: this worker's number, 0 .. K-1.
-        plan_json: the plan; worker 0 tells the aggregators.
+        courses: the plan that the job begins with, which worker 0 tells the aggregators, and what becomes of it.
         first_step: the first step this worker has no result of.
         inbox_bytes: results of future steps kept at most.
         silence_s: an aggregator from which nothing was heard for that long is gone.
@@ -40,7 +41,7 @@ class Session:
         endpoints: Sequence[str],
         spec: JobSpec,
         worker: int,
-        plan_json: str,
+        courses: Courses,
         *,
         first_step: int = 0,
         inbox_bytes: int = 512 << 20,
@@ -62,7 +63,8 @@ class Session:
         self._left = False
         self._said: list[Outgoing] = []  # in the step at hand; said again where a connection was lost
         self._refused_at_s: dict[int, float] = {}
-        self._plan_json, self._silence_s, self._trace = plan_json, silence_s, trace
+        self.courses = courses
+        self._silence_s, self._trace = silence_s, trace
         self._silent_s = [0.0] * len(self.endpoints)
         self._last_tick_s: float | None = None
         for aggregator in range(len(self.endpoints)):
@@ -120,7 +122,8 @@ class Session:
         hello = messages.Hello(
             version=messages.PROTOCOL_VERSION, worker=self.worker, step=self.inbox.step, spec=self.spec
         )
-        frames = [messages.encode_message(hello), *([self._plan_json.encode()] if self.worker == 0 else [])]
+        plan = self.courses.at(self.spec.first_step).plan
+        frames = [messages.encode_message(hello), *([plan.to_json().encode()] if self.worker == 0 else [])]
         self.outbox.append((aggregator, lambda: frames))
 
     # --- what it hears ------------------------------------------------------------------------------------
@@ -142,6 +145,8 @@ class Session:
             case messages.Welcome():
                 self.welcomed.add(aggregator)
                 # After a reconnection: what was on its way on the old connection may be lost.
+                for course in self.courses.changes if aggregator else ():
+                    self._pass_on(course, [aggregator])
                 self.outbox += [(each, frames) for each, frames in self._said if each == aggregator]
                 self._refused_at_s.pop(aggregator, None)
                 self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
@@ -159,6 +164,11 @@ class Session:
                 self._note_gone(worker, how, now)
             case messages.Verify(step):
                 self.verify_steps = {s for s in self.verify_steps if s >= self.inbox.step} | {step}
+            case messages.Replan():
+                course = Course.from_frames(message, frames[1:], self.spec)
+                if self.courses.add(course):
+                    self._trace(Event(now, "replan", course.from_step, None, self.worker, {"version": course.version}))
+                    self._pass_on(course, range(1, len(self.endpoints)))
             case messages.Agreed(step):
                 self.agreed_step = max(self.agreed_step, step)
             case messages.Marked(number, step):
@@ -170,6 +180,11 @@ class Session:
                     self.end(Refused(text))
             case messages.Ping():
                 pass
+
+    def _pass_on(self, course: Course, aggregators: Iterable[int]) -> None:
+        """Tell other aggregators of a plan that aggregator 0 has made."""
+        frames = course.to_frames()
+        self.outbox += [(aggregator, lambda: frames) for aggregator in aggregators]
 
     def tick(self, now: float) -> None:
         """Notice aggregators that are silent.

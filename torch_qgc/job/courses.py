@@ -1,0 +1,149 @@
+"""What holds from which step on: the plan and the deadline of a job, which may be chosen anew while it runs."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch_qgc.errors import ProtocolError
+from torch_qgc.planner import Plan
+from torch_qgc.protocol import messages
+from torch_qgc.protocol.contract import ClosingRule, JobSpec
+
+__all__ = ["Course", "Courses"]
+
+_KEPT = 64  # of the newest: more than there are changes within the log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What holds from a step on, until a newer course does.
+
+    Attributes:
+        version: 0 for what the job has begun with, then 1, 2, ...
+        from_step: the first step that it holds for.
+        plan: who answers for which data, with which batch and how many bits, and how arrivals are weighed.
+        deadline_s: seconds after a step's first BEGIN at which it closes; None: steps wait for all.
+    """
+
+    version: int
+    from_step: int
+    plan: Plan
+    deadline_s: float | None
+
+    def to_frames(self) -> list[Any]:
+        """Return the message that tells of it."""
+        return [
+            messages.encode_message(messages.Replan(self.version, self.from_step, self.deadline_s)),
+            self.plan.to_json().encode(),
+        ]
+
+    @classmethod
+    def from_frames(cls, replan: messages.Replan, rest: Sequence[Any], spec: JobSpec) -> Course:
+        """Return the course that a message tells of.
+
+        Args:
+            rest: the frames after the header.
+            spec: the job.
+        Raises:
+            ProtocolError, PlanError, ConfigError: it is none, or this job cannot train with its plan.
+        """
+        plan = messages.plan_frame(rest, f"plan {replan.version} from step {replan.from_step} on")
+        spec.check_plan(plan)
+        return cls(version=replan.version, from_step=replan.from_step, plan=plan, deadline_s=replan.deadline_s)
+
+
+class Courses:
+    """The courses of one job. Both ends hold the same, so that both apply a change at the same step.
+
+    A payload keeps the share of the step that it was made for, whenever it is folded, so that what is decoded stays
+    unbiased over changes.
+
+    Args:
+        rule: when rounds close; "auto" waits for all until a course says otherwise.
+        plan: what the job begins with.
+        first_step: of the job.
+    """
+
+    def __init__(self, rule: ClosingRule, plan: Plan, first_step: int = 0) -> None:
+        self.rule, self.first_step = rule, first_step
+        deadline_s = None if rule.deadline_s == "auto" else rule.deadline_s
+        # Replaced as a whole, so that another thread may read it.
+        self._courses: tuple[Course, ...] = (Course(version=0, from_step=first_step, plan=plan, deadline_s=deadline_s),)
+
+    def at(self, step: int) -> Course:
+        """Return the course that holds for a step."""
+        courses = self._courses
+        return courses[max(bisect.bisect_right(courses, step, key=lambda course: course.from_step) - 1, 0)]
+
+    @property
+    def newest(self) -> Course:
+        """The newest course, which may hold for later steps only."""
+        return self._courses[-1]
+
+    @property
+    def changes(self) -> tuple[Course, ...]:
+        """The courses that are kept, oldest first, but for the one that the job has begun with."""
+        return tuple(course for course in self._courses if course.version)
+
+    def add(self, course: Course) -> bool:
+        """Take a new course; tell whether it is new here.
+
+        Raises:
+            ProtocolError: another of this version is known, or it is out of order.
+        """
+        newest = self.newest
+        if course.version <= newest.version:
+            known = next((c for c in self._courses if c.version == course.version), course)
+            if known != course:
+                raise ProtocolError(
+                    f"plan {course.version}: expected the one with digest {known.plan.digest()} from step "
+                    f"{known.from_step} on, got {course.plan.digest()} from step {course.from_step} on"
+                )
+            return False
+        if course.version != newest.version + 1 or course.from_step <= newest.from_step:
+            raise ProtocolError(
+                f"plan {course.version} from step {course.from_step} on: expected number {newest.version + 1}, for a "
+                f"step after {newest.from_step}"
+            )
+        self._courses = (self._courses[0], *self._courses[1:][-_KEPT:], course)
+        return True
+
+    def changes_at(self, step: int) -> bool:
+        """Tell whether a new course begins at a step."""
+        course = self.at(step)
+        return bool(course.version) and course.from_step == step
+
+    # --- what the rule says at a step -------------------------------------------------------------------------
+
+    def deadline_s(self, step: int) -> float | None:
+        """Return the deadline of a step; None: it waits for all."""
+        return None if step - self.first_step < self.rule.warmup_steps else self.at(step).deadline_s
+
+    def waits_for_all(self, step: int) -> bool:
+        """Tell whether a step closes only when every live worker is in."""
+        return self.deadline_s(step) is None
+
+    def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
+        """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
+
+        Where late payloads are dropped, a worker that can no longer make it had better begin the next step with the
+        others. A step that has just begun is always tried, else a slow worker would never take part; one that is
+        still open after its deadline lacks its quorum, and needs everybody.
+
+        Args:
+            step: of the job.
+            elapsed_s: for how long the step's clock has been running; None if nobody has begun it.
+            usual_s: how long this worker usually takes; None if it does not know yet.
+        """
+        deadline_s = self.deadline_s(step)
+        if self.rule.late == "fold" or deadline_s is None or elapsed_s is None or usual_s is None:
+            return 0.0
+        if elapsed_s < deadline_s / 4 or elapsed_s + usual_s <= deadline_s or elapsed_s > deadline_s:
+            return 0.0
+        return 1.25 * deadline_s - elapsed_s  # a quarter for the results to come
+
+    def __repr__(self) -> str:
+        return f"Courses(number {self.newest.version}, from step {self.newest.from_step} on)"
