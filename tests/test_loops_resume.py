@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,40 @@ def test_the_loader_goes_on_with_the_very_next_batch(num_workers: int) -> None:
     assert loader.state_dict() == {"epoch": 0, "samples": 48}  # the last step was made, the loop was left in its body
     assert len(take(loader, 9)) == 8
     assert loader.state_dict() == {"epoch": 2, "samples": 0}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_of_unequal_batches_go_on_with_the_very_next_one_from_the_same_position(num_workers: int) -> None:
+    def of(rank: int) -> CodedLoader:
+        sizes = dict.fromkeys(range(100), (1, 5)[rank])
+        return loader_of(FakeReplica(make_plan([0.1] * 2), rank, sizes=sizes), num_workers=num_workers)
+
+    positions = []
+    for rank in range(2):
+        whole, loader = take(of(rank), 8), of(rank)
+        first = take(loader, 3)
+        positions.append(loader.state_dict())
+        loader = of(rank)
+        loader.load_state_dict(positions[0])
+        assert indices(first) + indices(take(loader, 5)) == indices(whole)
+    assert positions[0] == positions[1] == {"epoch": 0, "samples": 3 * 2 * 3}
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 3), (1, 3)])
+def test_other_batch_sizes_after_a_restart_draw_some_samples_again_or_leave_some_out(before: int, after: int) -> None:
+    """As many as the batches before the restart had more, or less, than as many batches of now."""
+
+    def of(size: int) -> CodedLoader:
+        return loader_of(FakeReplica(make_plan([0.1] * 2), sizes=dict.fromkeys(range(100), size)))
+
+    first, second = of(before), of(after)
+    seen = indices(take(first, 2))
+    second.load_state_dict(first.state_dict())
+    rest = indices(take(second, 6))
+    assert [len(batch) for batch in rest] == [after] * 6
+    draws = second.sampler.stream().take(8 * 5).tolist()
+    assert list(chain(*seen)) == draws[: 2 * before]
+    assert list(chain(*rest)) == draws[2 * after : 8 * after]
 
 
 def test_random_numbers_of_loading_processes_depend_on_the_epoch_alone() -> None:

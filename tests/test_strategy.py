@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import aggregators, run_ranks
+from helpers.replicas import FakeReplica
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import torch_qgc as qgc
@@ -46,7 +47,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from torch_qgc.ddp.optim import make_coded  # noqa: E402
 from torch_qgc.lightning import QGCStrategy  # noqa: E402
-from torch_qgc.lightning.loader import ReplayingLoader, Turn  # noqa: E402
+from torch_qgc.lightning.loader import ReplayingLoader, Turn, code_sampling  # noqa: E402
 from torch_qgc.lightning.times import StepTimes  # noqa: E402
 
 RANKS = 3
@@ -696,6 +697,21 @@ def test_the_slowest_worker_is_the_one_whose_own_steps_take_longest_though_all_w
 
 
 # --- the parts --------------------------------------------------------------------------------------------
+
+
+def test_each_ranks_training_loader_cuts_its_own_part_of_the_global_batch() -> None:
+    lengths = []
+    for rank, sizes in enumerate([{1: 3, 2: 1}, {1: 1, 2: 3}]):
+        replica = FakeReplica(qgc.make_plan([0.1] * 2), rank, sizes=sizes)
+        source = DataLoader(dataset(12), batch_size=2, sampler=DistributedSampler(dataset(12), 2, rank))
+        coded = code_sampling(replica, source, partitions=None, seed=0)
+        loader = ReplayingLoader(coded, Turn(replica))
+        assert (len(loader), loader.batch_size) == (3, 2)
+        lengths.append([])
+        for x, _ in loader:
+            lengths[rank].append(len(x))
+            replica.make_step()
+    assert lengths == [[2, 3, 1], [2, 1, 3]]
 
 
 class Missing:

@@ -101,6 +101,16 @@ def test_lists_of_samples_without_mappings_are_known_by_the_batch_size(samples: 
     assert [len(part) for part in first_samples((images, masks), 2, 4)] == [2, 2]
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_list_with_a_mapping_for_each_sample_is_cut_and_not_its_images(channels: int) -> None:
+    """detectron2's batches; several loaders' batches, as mappings, are each cut."""
+    samples = [{"image": torch.ones(channels, 5, 5), "file": str(i)} for i in range(4)]
+    assert batch_size_of(samples, 4) == 4
+    assert first_samples(samples, 2, 4) == samples[:2]
+    loaders = ({"x": torch.ones(4, 6), "y": torch.ones(4)}, {"x": torch.ones(4, 6)})
+    assert [len(part["x"]) for part in first_samples(loaders, 2, 4)] == [2, 2]
+
+
 def test_views_of_images_are_batches_and_not_samples() -> None:
     crops, labels = [torch.ones(8, 3, size, size) for size in (6, 6, 4, 4, 4, 4, 4, 4)], torch.ones(8)
     thin = first_samples([crops, labels], 2, 8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
 
 from torch_qgc.planner import Plan
 
@@ -15,12 +16,21 @@ class FakeReplica:
         worker: its number.
         late: steps that close without it.
         bound: late steps may be replayed.
+        sizes: of the batches of steps; those of other steps have the mean's.
     """
 
     in_training_thread = True
 
-    def __init__(self, plan: Plan, worker: int = 0, late: frozenset[int] = frozenset(), *, bound: bool = False) -> None:
-        self.plan, self.worker, self.late = plan, worker, late
+    def __init__(
+        self,
+        plan: Plan,
+        worker: int = 0,
+        late: frozenset[int] = frozenset(),
+        *,
+        bound: bool = False,
+        sizes: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        self.plan, self.worker, self.late, self.sizes = plan, worker, late, sizes
         self.spec = SimpleNamespace(workers=plan.num_workers)
         self.update = SimpleNamespace(known=bound)
         self.may_be_late = bool(late)
@@ -29,6 +39,13 @@ class FakeReplica:
         self.others_step = 0  # at which the others' loops end
         self.replayed: list[int] = []
         self.ends: list[tuple[int, int]] = []  # of loops: the step, and the batches owed
+
+    @property
+    def batch_step(self) -> int:
+        return self.step + self.awaits_backward
+
+    def batch_size(self, batch_size: int, step: int) -> int:
+        return self.sizes.get(step, batch_size)
 
     def missed(self) -> bool:
         return self.step in self.late

@@ -403,6 +403,35 @@ def loaded_by_hand(rank: int, job: Job) -> Any:
     return None
 
 
+def unequal_batches(rank: int, job: Job) -> Any:
+    """Each rank's part of the global batch is another, and changes while the loop runs; loaded ahead and not."""
+    model, state = job.wrap(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    lengths = []
+    for ahead in (0, 1):
+        # 1, 4 or 7 samples of 12; at every fourth step the ranks change places.
+        state.replica.batch_size = lambda mean, step: mean + 3 * ((rank + step // 4) % RANKS - 1)
+        loader = state.loader(dataset(12), batch_size=BATCH, num_workers=ahead)
+        for x, y in loader:
+            assert len(x) in (1, 2, BATCH, 7)
+            lengths.append(len(x))
+            trained(model, optimizer, x, y)
+    assert {1, BATCH, 7} <= set(lengths)
+    return len(lengths), state.state_dict()["loaders"]
+
+
+def unequal_followed_batches(rank: int, job: Job) -> Any:
+    """A loader of one's own, whose batches a slow rank cuts."""
+    model, state = job.wrap(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    state.replica.batch_size = lambda mean, step: 3 if rank == 0 else mean
+    sampler = DistributedSampler(dataset())
+    for x, y in state.follow(DataLoader(dataset(), batch_size=BATCH, sampler=sampler)):
+        assert len(x) in (2, 3 if rank == 0 else BATCH)
+        trained(model, optimizer, x, y)
+    return None
+
+
 CASES = {
     f.__name__: Case(f, **options)
     for f, options in [
@@ -425,6 +454,8 @@ CASES = {
         (detection, {"steps": 10}),
         (batch_size_one, {"steps": 12}),
         (loaded_by_hand, {"steps": 2 * STEPS}),
+        (unequal_batches, {"steps": 24}),
+        (unequal_followed_batches, {}),
     ]
 }
 

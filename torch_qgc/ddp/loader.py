@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from torch_qgc.ddp.sampler import CodedSampler, checked_partitions
-from torch_qgc.ddp.thin import first_samples
+from torch_qgc.ddp.thin import batch_size_of, first_samples
 from torch_qgc.errors import ConfigError
 from torch_qgc.worker.replica import Replica
 
@@ -29,8 +29,8 @@ class Thinner:
     Args:
         replica: whose steps these are.
         count: samples of a thin batch.
-        cut: makes a batch thin; None: `torch_qgc.ddp.thin.first_samples`.
-        batch_size: samples of a batch, where that is known.
+        cut: returns the first samples of a batch; None: `torch_qgc.ddp.thin.first_samples`.
+        batch_size: samples of the batch that is handed out next, where that is known.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Thinner:
     ) -> None:
         if count < 1:
             raise ConfigError(f"thin: expected at least 1 sample, got {count}")
-        self.replica, self.count = replica, count
-        self._cut = cut if cut is not None else lambda batch, n: first_samples(batch, n, batch_size)
+        self.replica, self.count, self.batch_size = replica, count, batch_size
+        self._cut = cut
         self._handed_out_at: int | None = None  # the step at which the newest batch was handed out
         self._begin()
 
@@ -53,12 +53,25 @@ class Thinner:
         return replica.missed()
 
     def __call__(self, batch: Any) -> Any:
-        """Return the batch, thin if the next step has closed without this worker."""
-        return self.thin(batch) if self.closed_without_us() else batch
+        """Return the batch, thin if the next step has closed without this worker, else cut to this worker's size.
+
+        The latter makes a gradient, so nothing is cut unless all parts of the batch have as many samples as expected.
+        """
+        if self.closed_without_us():
+            return self.thin(batch)
+        size = self.batch_size
+        if size is None:
+            return batch
+        count = max(1, self.replica.batch_size(size, self.replica.batch_step))
+        sure = count < size and (self._cut is not None or batch_size_of(batch, size) == size)
+        return self._first(batch, count) if sure else batch
 
     def thin(self, batch: Any) -> Any:
         """Return a thin batch."""
-        return self._cut(batch, self.count)
+        return self._first(batch, self.count)
+
+    def _first(self, batch: Any, count: int) -> Any:
+        return first_samples(batch, count, self.batch_size) if self._cut is None else self._cut(batch, count)
 
     def loop(self, batches: Iterator[Any], another: Callable[[], Any]) -> Iterator[Any]:
         """Hand out a loop's batches, and more of them for steps that this worker alone has not made.
@@ -142,7 +155,7 @@ class FollowedLoader:
 
 
 class CodedLoader:
-    """Batches of this worker's share of the data, as many on every rank.
+    """Batches of this worker's share of the data, as many on every rank, and as large as its part of the work.
 
     For a step that has closed without this worker it hands out a thin batch; where the user has bound the update, it
     replays such a step and leaves its batches out.
@@ -170,13 +183,16 @@ class CodedLoader:
         self._start = 0  # batches of the epoch that were handed out before a checkpoint
         self._begun_at: int | None = None  # the step at which the epoch was begun
         self._per_step = 1  # batches that a step takes, as the newest full step has shown
-        self._leave_out = 0  # batches of replayed steps
-        self._keep = sampler.batch_size  # samples that are loaded of the next batch
 
     @property
     def dataset(self) -> Any:
         """The data set."""
         return self._loader.dataset
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per worker and batch, the mean over workers."""
+        return self.sampler.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes; without it each iteration takes the next one."""
@@ -212,50 +228,40 @@ class CodedLoader:
         return self._begun_at is not None and self._replica.step > self._begun_at
 
     def _epoch(self) -> Iterator[Any]:
-        ahead = self._loader.num_workers > 0  # batches are loaded before it is known which steps close
-        self.sampler.cut = (lambda batch: batch) if ahead else self._loaded
-        batches = iter(self._loader)
+        ahead = self._loader.num_workers > 0  # batches are cut and loaded before it is known which steps close
+        batches, sampler = iter(self._loader), self.sampler
         count, first = 0, self._replica.step
-        while self._handed < len(self.sampler):
+        while self._handed < len(sampler):
             if not self._replica.in_step:
                 if count and self._replica.step > first:
                     self._per_step = max(1, round(count / (self._replica.step - first)))
-                self._replay()
+                self._replay((lambda: next(batches)) if ahead else sampler.cut)
                 count, first = 0, self._replica.step
-            for _ in range(self._leave_out if ahead else 0):
-                next(batches, None)
-            self._handed += self._leave_out
-            if self._handed >= len(self.sampler):
+            if self._handed == len(sampler):
                 break
             thin = self._thinner.closed_without_us()
-            self._keep = self._thinner.count if thin else self.sampler.batch_size
-            batch = next(batches)
-            self._leave_out = 0
+            sampler.keep = self._thinner.count if thin and not ahead else None
+            batch, self._thinner.batch_size = next(batches), sampler.sizes.popleft()
             self._handed += 1
             count += 1
             yield self._thinner.thin(batch) if ahead and thin else batch
 
-    def _loaded(self, batch: list[int]) -> list[int] | None:
-        """Tell the sampler what to load of the batch that is asked for now."""
-        if self._leave_out:
-            self._leave_out -= 1
-            return None
-        return batch[: self._keep]
-
-    def _replay(self) -> None:
+    def _replay(self, leave_out: Callable[[], Any]) -> None:
         """Replay what has closed without this worker, if the user has said what the update is."""
         replica = self._replica
-        self._leave_out = 0
         if not (replica.update.known and replica.may_be_late):
             return
-        while self._handed + self._leave_out < len(self.sampler) and replica.missed():
+        while self._handed < len(self.sampler) and replica.missed():
+            for _ in range(min(self._per_step, len(self.sampler) - self._handed)):
+                leave_out()
+                self.sampler.sizes.popleft()
+                self._handed += 1
             replica.replay()
-            self._leave_out = min(self._leave_out + self._per_step, len(self.sampler) - self._handed)
 
     def _another(self) -> Any:
         """Return one more batch, for a step that this worker has to make up for."""
-        loader, indices = self._loader, self.sampler.draws()[: self.sampler.batch_size].tolist()
-        collate = loader.collate_fn
+        loader, indices = self._loader, self.sampler.stream().take(self.sampler.size).tolist()
+        collate, self._thinner.batch_size = loader.collate_fn, len(indices)
         return collate([loader.dataset[i] for i in indices])
 
     def state_dict(self) -> dict[str, int]:
@@ -267,15 +273,17 @@ class CodedLoader:
         """Go on from a position, of a run with any number of workers; before the loop.
 
         With other workers or another batch size the position is rounded down to whole batches: some samples are drawn
-        again rather than left out. Batches that are skipped are not loaded; random numbers that the data set itself
-        takes (augmentation) are torch's, and not part of the position.
+        again rather than left out. Where workers' batches differ, each skips as many batches of the size that it has
+        now, since the position is the same on every rank: one whose batches were larger before draws some samples
+        again, one whose batches were smaller leaves some out until the next epoch. Batches that are skipped are not
+        loaded; random numbers that the data set itself takes (augmentation) are torch's, and not part of the position.
         """
         self.set_epoch(int(position["epoch"]))
         self._start = min(int(position["samples"]) // self._samples_per_batch, len(self.sampler))
 
     @property
     def _samples_per_batch(self) -> int:
-        return self._replica.spec.workers * self.sampler.batch_size
+        return self._replica.spec.workers * self.batch_size
 
 
 def make_loader(
@@ -295,7 +303,8 @@ def make_loader(
     Args:
         replica: whose loader it is.
         dataset: a map-style data set, the same on every rank (each rank only touches what its share needs).
-        batch_size: samples per worker and batch.
+        batch_size: samples per worker and batch, the mean over workers: a step takes workers * batch_size of them,
+            and an epoch as many steps as the data set holds of these, however they are divided among the workers.
         partitions: N lists of sample indices, one per partition of the plan, for data that cannot move; a random
             permutation of the data set is cut into N equal blocks if None.
         weights: [samples] >= 0, how often each sample is drawn in relation to the others of its partition, as for
@@ -332,6 +341,7 @@ def make_loader(
         blocks,
         batch_size=batch_size,
         batches=math.ceil(samples / (plan.num_workers * batch_size)),
+        size=lambda: replica.batch_size(batch_size, replica.batch_step),
         seed=seed,
         worker=replica.worker,
         weights=weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.utils.data import Sampler
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan
 
-__all__ = ["CodedSampler", "checked_partitions", "random_partitions"]
+__all__ = ["CodedSampler", "Stream", "checked_partitions", "random_partitions"]
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def random_partitions(num_samples: int, num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
@@ -21,19 +24,60 @@ def random_partitions(num_samples: int, num_partitions: int, seed: int) -> list[
     return np.array_split(permutation, num_partitions)
 
 
+class Stream:
+    """The draws of one worker's epoch, one after the other and without end: a batch takes the next ones.
+
+    Each draw is sample i with probability p_i. The stream is made of passes, each a systematic sample in random order
+    (Madow, 1949) of 1 / max p draws, so many that no sample comes twice; with equal p it is a permutation. Passes begin
+    at phases that follow the golden ratio, so that how often a sample has come hardly differs from its expected number
+    wherever the stream is cut: by less than 1 with equal p, by less than 4 within 100 passes with any p.
+
+    Args:
+        indices: [M] the samples, at least one.
+        probs: [M] p, sum 1.
+        rng: decides about the order.
+    """
+
+    def __init__(self, indices: NDArray[np.int64], probs: NDArray[np.float64], rng: np.random.Generator) -> None:
+        order = rng.permutation(len(indices))  # so that fractions of a draw do not always fall to the same
+        self._indices, self._rng = indices[order], rng
+        self._length = int(1.0 / probs.max() + 1e-6)
+        self._ends = np.cumsum(probs[order]) * self._length
+        self._ends[-1] = self._length
+        self._phase = rng.random()
+        self._left = indices[:0]  # of the newest pass
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """Return the next draws, [count] indices."""
+        parts, missing = [self._left[:count]], count - len(self._left)
+        self._left = self._left[count:]
+        while missing > 0:
+            whole = self._pass()
+            parts.append(whole[:missing])
+            self._left = whole[missing:]
+            missing -= self._length
+        return np.concatenate(parts)
+
+    def _pass(self) -> NDArray[np.int64]:
+        ticks = np.arange(self._length) + self._phase
+        self._phase = (self._phase + _GOLDEN) % 1.0
+        drawn = np.searchsorted(self._ends, ticks, side="right").clip(max=len(self._indices) - 1)
+        return self._rng.permutation(self._indices[drawn])
+
+
 class CodedSampler(Sampler[list[int]]):
     """Batches of sample indices drawn from one worker's share of the data.
 
     Worker k draws from partition n with probability a_kn / l_k (Song & Choi, Theorem 1), so the expected gradient
-    of its batch is the one the plan's coefficients weigh. Within an epoch samples are drawn without replacement as
-    far as the share allows: each sample's expected number of draws is exact, its actual number differs from it by
-    less than one (systematic sampling), and the order is random.
+    of its batch is the one the plan's coefficients weigh. The batches of an epoch are cut from one `Stream`, which does
+    not depend on their sizes: small batches leave some of it over, large ones run into further passes.
 
     Args:
         probs: [N] chance that a sample comes from each partition: the plan's partition_probabilities(worker).
         partitions: N index lists.
-        batch_size: samples per batch.
-        batches: batches per epoch.
+        batch_size: samples per batch; where workers differ, the mean over them.
+        batches: batches per epoch, whatever their sizes.
+        size: returns how many samples the batch has that is cut now; None: batch_size.
         seed: with the epoch and the worker's number it determines the draws.
         worker: this worker's number.
         weights: [samples] >= 0: within a partition, samples are drawn in proportion to these; None: alike.
@@ -46,15 +90,20 @@ class CodedSampler(Sampler[list[int]]):
         *,
         batch_size: int,
         batches: int,
+        size: Callable[[], int] | None = None,
         seed: int = 0,
         worker: int = 0,
         weights: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
         self.batch_size, self.batches = batch_size, batches
+        self._size = size if size is not None else lambda: batch_size
         self._seed, self._worker = seed, worker
         self.epoch = 0
         self.skip = 0  # batches left out at the beginning, which a run before a checkpoint has had
-        self.cut: Callable[[list[int]], list[int] | None] = lambda batch: batch  # what is loaded of a batch; None: skip
+        self.keep: int | None = None  # samples that are loaded of the next batch, the first ones; None: all
+        self.sizes: deque[int] = deque()  # of the batches that were cut; whoever needs them takes them out
+        self._stream: Stream
+        self._left = 0  # batches of the epoch that are still to be cut
         held = [(np.asarray(block, dtype=np.int64), prob) for prob, block in zip(probs, partitions) if prob > 0]
         self._indices = np.concatenate([block for block, _ in held] or [np.zeros(0, dtype=np.int64)])
         self._probs = np.concatenate([_within(block, prob, weights) for block, prob in held] or [np.zeros(0)])
@@ -63,26 +112,31 @@ class CodedSampler(Sampler[list[int]]):
         """Choose the epoch whose order the next iteration takes."""
         self.epoch = epoch
 
-    def draws(self) -> NDArray[np.int64]:
-        """Return the epoch's sample indices in order, [batches * batch_size]."""
-        if not len(self._indices):
-            return np.zeros(0, dtype=np.int64)
-        rng = np.random.default_rng([self._seed, self._worker, self.epoch])
-        total = self.batches * self.batch_size
-        order = rng.permutation(len(self._indices))  # so that fractions of a draw do not always fall to the same
-        ends = np.cumsum(self._probs[order]) * total
-        ends[-1] = total
-        ticks = np.arange(total) + rng.random()
-        return rng.permutation(
-            self._indices[order[np.searchsorted(ends, ticks, side="right").clip(max=len(order) - 1)]]
-        )
+    def stream(self) -> Stream:
+        """Return the epoch's draws from the first one on."""
+        return Stream(self._indices, self._probs, np.random.default_rng([self._seed, self._worker, self.epoch]))
+
+    @property
+    def size(self) -> int:
+        """Samples of the batch that is cut now."""
+        return max(1, self._size())  # a loop body cannot run on nothing
+
+    def cut(self) -> list[int]:
+        """Cut the epoch's next batch: called by the iteration, or by whoever leaves the batch out."""
+        self._left -= 1
+        self.sizes.append(self.size)
+        return list(self._stream.take(self.sizes[-1]).tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
-        draws = self.draws()
-        for start in range(self.skip * self.batch_size, len(draws), self.batch_size):
-            batch = self.cut(draws[start : start + self.batch_size].tolist())
-            if batch is not None:
-                yield batch
+        self._stream, self._left = self.stream(), self.batches - self.skip
+        self._stream.take(self.skip * self.size)
+        self.keep = None
+        self.sizes.clear()
+        return self._batches()
+
+    def _batches(self) -> Iterator[list[int]]:
+        while self._left > 0:
+            yield self.cut()[: self.keep]
 
     def __len__(self) -> int:
         return self.batches

@@ -26,7 +26,7 @@ def first_samples(batch: Any, count: int, batch_size: int | None = None) -> Any:
             holds several sizes then (of zipped loaders), each tensor is cut along its first dimension.
     """
     listed = _listed_samples(batch, batch_size)
-    return _cut(batch, count, batch_size_of(batch, batch_size), listed is not None)
+    return _cut(batch, count, batch_size_of(batch, batch_size) or batch_size, listed is not None)
 
 
 def batch_size_of(batch: Any, batch_size: int | None = None) -> int | None:
@@ -40,7 +40,7 @@ def batch_size_of(batch: Any, batch_size: int | None = None) -> int | None:
     if listed is not None:
         return listed
     sizes = {t.shape[0] for t in _tensors(batch) if t.ndim}
-    return next(iter(sizes)) if len(sizes) == 1 else batch_size
+    return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def _cut(part: Any, count: int, size: int | None, listed: bool) -> Any:
@@ -89,9 +89,12 @@ def _like(original: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
 def _listed_samples(batch: Any, batch_size: int | None) -> int | None:
     """Return the number of samples of a batch that lists them, as detection models take it; None if it does not.
 
-    It is a list of images and a list with a mapping for each; or lists of equal length, as `zip(*samples)` makes them.
+    It is a list of images and a list with a mapping for each; or lists of equal length, as `zip(*samples)` makes them;
+    or a list with a mapping for each.
     """
     parts = batch if isinstance(batch, (list, tuple)) else ()
+    if parts and len(parts) == batch_size and all(isinstance(part, Mapping) for part in parts):
+        return batch_size
     lists = [part for part in parts if isinstance(part, (list, tuple)) and part]
     lengths = {len(part) for part in lists if all(isinstance(item, Mapping) for item in part)}
     if len(lengths) != 1 and batch_size is not None and len(lists) == len(parts) > 1:

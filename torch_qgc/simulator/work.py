@@ -165,7 +165,8 @@ class WorkerWork:
         epoch, batch = divmod(step, self._epoch_steps)
         if worker not in self._draws or self._draws[worker][0] != epoch:
             self._samplers[worker].set_epoch(epoch)
-            self._draws[worker] = epoch, self._samplers[worker].draws()
+            samples = self._epoch_steps * self._batch_size
+            self._draws[worker] = epoch, self._samplers[worker].stream().take(samples)
         start = batch * self._batch_size
         return list(self._draws[worker][1][start : start + self._batch_size].tolist())
 

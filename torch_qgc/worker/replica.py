@@ -137,15 +137,31 @@ class Replica:
 
     # --- before a step ------------------------------------------------------------------------------------
 
+    @property
+    def batch_step(self) -> int:
+        """The step for which a batch is asked for now.
+
+        It is the next step, or the one after it if the batch is fetched between this one's forward and backward pass.
+        """
+        return self.step + self.awaits_backward
+
+    def batch_size(self, batch_size: int, step: int) -> int:
+        """Return how many samples this worker's batches have in a step, at least one.
+
+        Args:
+            batch_size: the mean over all workers, as the user has chosen it.
+            step: the step that they are for.
+        """
+        return batch_size
+
     def missed(self) -> bool:
         """Tell whether the step that a batch is asked for closes without this worker.
 
-        It is the next step, or the one after it if the batch is fetched between this one's forward and backward pass;
-        the answer stays the same until that step has been made.
+        The answer stays the same until that step has been made.
 
         A worker whose late payloads would be dropped joins a step that is under way only if it can still make it.
         """
-        step = self.step + self.awaits_backward
+        step = self.batch_step
         self._passes.batch()
         if self._decided_step != step:
             self._has_thin_batch = self._closes_without_us(step)
