@@ -153,6 +153,46 @@ def test_noise_ratio_is_recovered_from_what_the_aggregator_sees(eta: float) -> N
     np.testing.assert_allclose(noise.ratios(), expected, rtol=0.1)
 
 
+def test_noise_ratio_is_that_of_a_mean_batch_whatever_batches_there_were() -> None:
+    """Batches differ between workers and change on the way; the ratio at unit batch stays, and at B it is 1/B of it."""
+    rng = np.random.default_rng(2)
+    k, dim, eta = 4, 400, np.array([1.0, 1.0, 1.0, 2.5])
+    noise, unaware = NoiseRatio(k, memory=1e9), NoiseRatio(k, memory=1e9)
+    mean = rng.normal(size=dim)
+    for round_ in range(600):
+        batches = np.array([0.25, 0.5, 1.25, 2.0]) if round_ % 3 else np.array([2.0, 1.0, 0.5, 0.5])
+        scale = np.sqrt(eta / batches * float(mean @ mean) / dim)
+        h = mean + scale[:, None] * rng.normal(size=(k, dim))
+        decoded = h + 0.3 * rng.normal(size=(k, dim))
+        coefficients = np.where(rng.random(k) < 0.8, batches / 4.0, 0.0)
+        result = coefficients @ decoded
+        energies = np.sum(h**2, axis=1), np.sum(decoded**2, axis=1), float(result @ result)
+        noise.update(coefficients, *energies, batches)
+        unaware.update(coefficients, *energies)
+    np.testing.assert_allclose(noise.ratios(), eta, rtol=0.1)
+    np.testing.assert_allclose(noise.ratios(batches=[0.1, 1.0, 2.0, 4.0]), noise.ratios() / [0.1, 1.0, 2.0, 4.0])
+    assert np.abs(unaware.ratios() / eta - 1.0).max() > 0.5
+
+
+def test_noise_of_a_payload_follows_from_the_ratio_at_its_batch_and_the_measured_variance() -> None:
+    """v = q (1 + eta / B) + eta / B is E||Q(h) - g||^2 / ||g||^2 also for q measured on that worker's own batches."""
+    rng = np.random.default_rng(3)
+    bits, eta, batches = 4, 1.5, np.array([0.25, 4.0])
+    running, levels = RunningVariance(2, memory=1e9), 2**3 - 1
+    gradient = rng.laplace(size=512)
+    lost = np.zeros(2)
+    for _ in range(1500):
+        for k, batch in enumerate(batches):
+            h = gradient + np.sqrt(eta / batch * np.mean(gradient**2)) * rng.normal(size=512)
+            scale = np.abs(h).max()
+            sent = np.sign(h) * np.floor(levels * np.abs(h) / scale + rng.random(512)) * scale / levels
+            running.update(k, bits, exact_variance(h, bits, "max"), float(h @ h))
+            lost[k] += float(np.sum((sent - gradient) ** 2) / np.sum(gradient**2)) / 1500
+    q = running.table(bits)[:, bits]
+    np.testing.assert_allclose(q * (1.0 + eta / batches) + eta / batches, lost, rtol=0.02)
+    assert lost[1] < lost[0] / 8
+
+
 def test_noise_ratio_without_signal_or_partner() -> None:
     noise = NoiseRatio(3, ceiling=50.0)
     alone = np.array([0.5, 0.0, 0.0])

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats, per_worker, probabilities
+from torch_qgc.planner.checks import Floats
 
 __all__ = [
     "DelayModel",
     "Empirical",
+    "LogNormal",
     "ShiftedExponential",
-    "StragglePosterior",
+    "fit_log_normal",
     "fit_shifted_exponential",
     "straggle_probability",
 ]
@@ -97,6 +98,47 @@ class ShiftedExponential:
     def breakpoints(self) -> Floats:
         """Return the least delays: there the tail begins to fall."""
         return np.unique(np.asarray(self.shift, dtype=np.float64) * np.asarray(self.load, dtype=np.float64))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LogNormal:
+    """Delays whose logarithm is normal: many causes that each slow a step down by a factor.
+
+    Args:
+        median: scalar or [K], seconds, > 0.
+        sigma: scalar or [K], standard deviation of the logarithm, > 0; more: heavier tail.
+    """
+
+    median: ArrayLike
+    sigma: ArrayLike
+
+    def __post_init__(self) -> None:
+        if not (np.all(np.asarray(self.median) > 0) and np.all(np.asarray(self.sigma) > 0)):
+            raise PlanError(f"expected median > 0 and sigma > 0, got {self.median!r} and {self.sigma!r}")
+
+    def sample(self, rng: np.random.Generator, size: int | tuple[int, ...]) -> Floats:
+        """Draw delays in seconds, shape (*size, *parameters' shape)."""
+        median, sigma = np.broadcast_arrays(*map(np.asarray, (self.median, self.sigma)))
+        return np.asarray(median * np.exp(sigma * rng.standard_normal((*_as_tuple(size), *median.shape))))
+
+    def straggle_probability(self, deadline_s: ArrayLike) -> Floats:
+        """Return P(delay > deadline_s), shape (*deadline's shape, *parameters' shape)."""
+        from scipy.special import ndtr
+
+        median, sigma = np.broadcast_arrays(*map(np.asarray, (self.median, self.sigma)))
+        deadline = np.asarray(deadline_s, dtype=np.float64)
+        deadline = np.maximum(deadline, 0.0).reshape(deadline.shape + (1,) * median.ndim)
+        with np.errstate(divide="ignore"):
+            return np.asarray(ndtr((np.log(median) - np.log(deadline)) / sigma))
+
+    def late_fraction(self, deadline_s: ArrayLike) -> Floats:
+        """Return P(delay > deadline_s), shape (*deadline's shape, *parameters' shape)."""
+        return self.straggle_probability(deadline_s)
+
+    def breakpoints(self) -> Floats:
+        """Return the ends of the stretch in which the tail falls: it has no kink, but is flat outside, to 3e-5."""
+        median, sigma = np.broadcast_arrays(*map(np.asarray, (self.median, self.sigma)))
+        return np.unique(median * np.exp(sigma * np.array([-4.0, 4.0]).reshape(2, *(1,) * median.ndim)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,52 +227,17 @@ def fit_shifted_exponential(
     return ShiftedExponential(mu=1.0 / theta, shift=max(first - theta / (arrived.size + missed.size), 0.0))
 
 
-class StragglePosterior:
-    """Track the chance to be late of every worker: a Beta posterior that forgets.
-
-        p = (late + prior strength) / (rounds + strength),   both counts decaying by 1 - 1/memory a round
-
-    It is never 0 or 1, so that a few lucky rounds do not make a worker infinitely reliable. It holds for one
-    deadline only; to ask about another, fit a delay model.
+def fit_log_normal(delays_s: ArrayLike) -> LogNormal:
+    """Fit one worker's log-normal: the mean and the standard deviation, without bias, of the logarithms.
 
     Args:
-        prior: scalar or [K], expected p in (0, 1). The default with strength 1 is Jeffreys' prior.
-        num_workers: K; may be left out if `prior` is [K].
-        strength: rounds that the prior is worth, > 0.
-        memory: rounds over which observations fade, >= 1, or inf.
+        delays_s: [n], n >= 2, seconds > 0.
+    Raises:
+        PlanError: too few delays, or some that are not positive and finite.
     """
-
-    def __init__(
-        self,
-        prior: ArrayLike = 0.5,
-        num_workers: int | None = None,
-        *,
-        strength: float = 1.0,
-        memory: float = float("inf"),
-    ) -> None:
-        count = num_workers if num_workers is not None else int(np.size(np.asarray(prior)))
-        mean = probabilities(per_worker(prior, count, "prior"), "prior")
-        if not np.all((mean > 0) & (mean < 1)) or not strength > 0 or not memory >= 1:
-            raise PlanError(
-                f"expected prior in (0, 1), strength > 0 and memory >= 1, got {prior!r}, {strength}, {memory}"
-            )
-        self._prior_late, self._strength, self._keep = mean * strength, strength, 1.0 - 1.0 / memory
-        self.late = np.zeros(count)
-        self.rounds = np.zeros(count)
-
-    def update(self, arrived: ArrayLike) -> None:
-        """Enter one round: arrived [K], or several: [rounds, K], oldest first."""
-        for row in np.atleast_2d(np.asarray(arrived, dtype=bool)):
-            self.late = self._keep * self.late + ~row
-            self.rounds = self._keep * self.rounds + 1.0
-
-    def mean(self) -> Floats:
-        """Return [K] expected p."""
-        return np.asarray((self.late + self._prior_late) / (self.rounds + self._strength))
-
-    def quantile(self, level: float) -> Floats:
-        """Return [K] p that the true one is below with probability `level`."""
-        from scipy.stats import beta
-
-        late = self.late + self._prior_late
-        return np.asarray(beta.ppf(level, late, self.rounds + self._strength - late))
+    delays = np.asarray(delays_s, dtype=np.float64).ravel()
+    if delays.size < 2 or not np.all((delays > 0) & np.isfinite(delays)):
+        raise PlanError(f"delays_s: expected at least 2 finite delays > 0, got {delays.size} or others")
+    logs = np.log(delays)
+    # All delays equal: the spread is below the clock's resolution, not zero.
+    return LogNormal(median=float(np.exp(logs.mean())), sigma=max(float(logs.std(ddof=1)), 1e-9))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats
+from torch_qgc.planner.checks import Floats, per_worker
 
 __all__ = [
     "BLOCK",
@@ -194,7 +194,10 @@ class NoiseRatio:
     common mean without bias. They follow from the energy of what the aggregator decodes, ghat = sum_k c_k Q(h_k):
 
         ||ghat||^2 - sum_k c_k^2 ||Q(h_k)||^2 = sum over j != k of c_j c_k <Q(h_j), Q(h_k)>
-        signal = that / ((sum_k c_k)^2 - sum_k c_k^2);    eta_k = EMA(||h_k||^2) / EMA(signal) - 1
+        signal = that / ((sum_k c_k)^2 - sum_k c_k^2);    eta_k = EMA(B_k (||h_k||^2 - signal)) / EMA(signal)
+
+    A batch of B_k mean batches has the variance eta_k / B_k, hence the factor: eta_k is that of a mean batch, whatever
+    batches the worker has had meanwhile.
 
     It takes the workers' mean gradients for equal, as they are when data is shuffled; with data that differs
     between workers eta is overestimated.
@@ -210,10 +213,17 @@ class NoiseRatio:
             raise PlanError(f"memory: expected at least 1 round, got {memory}")
         self._keep = 1.0 - 1.0 / memory
         self._ceiling = ceiling
-        self._energy = np.zeros(num_workers)
+        self._noise = np.zeros(num_workers)
         self._signal = np.zeros(num_workers)
 
-    def update(self, coefficients: Floats, energy: Floats, decoded_energy: Floats, result_energy: float) -> None:
+    def update(
+        self,
+        coefficients: Floats,
+        energy: Floats,
+        decoded_energy: Floats,
+        result_energy: float,
+        batches: ArrayLike = 1.0,
+    ) -> None:
         """Enter one round.
 
         Args:
@@ -221,6 +231,7 @@ class NoiseRatio:
             energy: [K] ||h_k||^2, as the worker sent it along.
             decoded_energy: [K] ||Q(h_k)||^2.
             result_energy: ||ghat||^2.
+            batches: scalar or [K] B_k >= 0, samples that h_k is the mean of, in units of the mean batch.
         A round with fewer than two arrivals, or with non-finite gradients, is passed over.
         """
         present = coefficients > 0
@@ -229,11 +240,19 @@ class NoiseRatio:
         cross = result_energy - float(squares @ decoded_energy[present])
         if np.count_nonzero(present) < 2 or not np.isfinite([cross, *energy[present]]).all():
             return
-        self._energy[present] = self._keep * self._energy[present] + energy[present]
-        self._signal[present] = self._keep * self._signal[present] + cross / pairs
+        signal = cross / pairs
+        noise = per_worker(batches, len(coefficients), "batches")[present] * (energy[present] - signal)
+        self._noise[present] = self._keep * self._noise[present] + noise
+        self._signal[present] = self._keep * self._signal[present] + signal
 
-    def ratios(self, default: float = 0.0) -> Floats:
-        """Return eta [K], in [0, ceiling]; `default` for a worker never seen together with another."""
+    def ratios(self, default: float = 0.0, *, batches: ArrayLike = 1.0) -> Floats:
+        """Return eta [K], in [0, ceiling]; `default` for a worker never seen together with another.
+
+        Args:
+            default: of a mean batch.
+            batches: scalar or [K] B_k > 0: return eta_k / B_k, the ratio at these batches.
+        """
         with np.errstate(divide="ignore", invalid="ignore"):
-            eta = np.where(self._signal > 0, self._energy / self._signal - 1.0, self._ceiling)
-        return np.where(self._energy > 0, np.clip(eta, 0.0, self._ceiling), default)
+            eta = np.where(self._signal > 0, self._noise / self._signal, self._ceiling)
+        eta = np.where((self._signal != 0) | (self._noise != 0), eta, default)
+        return np.clip(eta / per_worker(batches, len(eta), "batches", least=1e-9), 0.0, self._ceiling)
