@@ -60,7 +60,7 @@ def experiment(mode: str, workers: int, task: Task, steps: int) -> Experiment:
         model=task.model,
         loss=task.loss,
         dataset=task.dataset,
-        schemes={"qgc": make_plan(late, noise_ratio=1.0)},
+        schemes={"qgc": make_plan(late)},
         delays=ShiftedExponential(mu=-np.log(late)),
         steps=steps,
         lr=0.1,

@@ -102,7 +102,7 @@ def make_plan(s: Settings, held: list[list[int]]) -> qgc.Plan:
     late = s.delays.missed_rounds(s.deadline_s, COMPUTE_S)
     own = {"placement": np.eye(s.workers, dtype=bool)} if s.variant.placement == "local" else {}
     sizes = [len(part) for part in held]
-    return qgc.make_plan(late, bits_per_coordinate=s.variant.bits, partition_sizes=sizes, noise_ratio=1.0, **own)
+    return qgc.make_plan(late, bits_per_coordinate=s.variant.bits, partition_sizes=sizes, second_track=None, **own)
 
 
 @app.command("train")

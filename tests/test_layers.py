@@ -22,7 +22,8 @@ LAYERS = [
     ["job"],
     ["protocol"],
     ["schemes"],
-    ["planner", "kernels"],
+    ["planner"],
+    ["kernels"],
     ["errors", "logs"],
 ]
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

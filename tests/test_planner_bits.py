@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import allocate_bits, quantization_variance
@@ -29,8 +30,9 @@ def paper_table(p: np.ndarray, max_bits: int, *, allow_drop: bool = False) -> np
     return np.concatenate([closed, (1 - p[:, None]) / (p[:, None] + q)], axis=1)
 
 
-def brute_force(table: np.ndarray, budget: int) -> float:
-    choices = itertools.product(range(table.shape[1]), repeat=len(table))
+def brute_force(table: np.ndarray, budget: int, most_bits: np.ndarray | None = None) -> float:
+    caps = np.full(len(table), table.shape[1]) if most_bits is None else most_bits
+    choices = itertools.product(*(range(min(table.shape[1], int(cap) + 1)) for cap in caps))
     return max(total(table, np.array(bits)) for bits in choices if sum(bits) <= budget)
 
 
@@ -70,6 +72,28 @@ def test_exact_and_dp_equal_exhaustive_search(case: tuple[np.ndarray, int]) -> N
         bits = allocate_bits(table, budget, method)
         assert bits.sum() <= budget
         assert total(table, bits) == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+@settings(max_examples=150)
+@given(tables(max_workers=4, max_columns=5), st.integers(0, 2**32 - 1))
+def test_exact_and_dp_equal_exhaustive_search_under_caps(case: tuple[np.ndarray, int], seed: int) -> None:
+    table, budget = case
+    least = np.argmax(table > -np.inf, axis=1)
+    caps = least + np.random.default_rng(seed).integers(0, 5, len(table))
+    best = brute_force(table, budget, caps)
+    for method in METHODS:
+        bits = allocate_bits(table, budget, method, most_bits=caps)
+        assert bits.sum() <= budget
+        assert np.all(bits <= caps)
+        if method in ("exact", "dp"):
+            assert total(table, bits) == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+def test_what_caps_leave_of_the_budget_is_not_spent() -> None:
+    table = paper_table(np.array([0.1, 0.2, 0.3]), 8)
+    assert allocate_bits(table, 24, most_bits=[8, 3, 2]).tolist() == [8, 3, 2]
+    assert allocate_bits(table, 12, most_bits=4).tolist() == [4, 4, 4]
+    np.testing.assert_array_equal(allocate_bits(table, 12, most_bits=np.inf), allocate_bits(table, 12))
 
 
 @settings(max_examples=600)
@@ -181,6 +205,14 @@ def test_exact_settles_the_last_bits_among_many_workers() -> None:
 def test_bad_tables_and_budgets_are_refused(table: list[list[float]], budget: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         allocate_bits(np.array(table), budget)
+
+
+@pytest.mark.parametrize(
+    ("most_bits", "message"), [([3, 1], "the least bits of worker 1, got 1"), ([3, 3, 3], "shape"), (np.nan, "nan")]
+)
+def test_caps_that_leave_nothing_are_refused(most_bits: ArrayLike, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        allocate_bits(paper_table(np.array([0.1, 0.2]), 8), 12, most_bits=most_bits)
 
 
 def test_an_unknown_method_is_refused_by_name() -> None:

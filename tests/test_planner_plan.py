@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import pickle
 from typing import Any
@@ -28,7 +29,7 @@ REFERENCE = [0.05, 0.08, 0.12, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]
 )
 def test_reference_plans_of_the_paper_model(options: dict[str, Any], load: float, residual: float) -> None:
     """Ten workers, 40 bits, D / (4 L^2): values from an exhaustive evaluation of all arrival patterns."""
-    plan = make_plan(REFERENCE, bit_budget=40, variance="paper", **options)
+    plan = make_plan(REFERENCE, bit_budget=40, variance="paper", noise_ratio=0.0, **options)
     assert plan.residual_bound == pytest.approx(residual, rel=2e-4)
     assert plan.load == pytest.approx(load)
     assert plan.bits.sum() <= 40
@@ -93,7 +94,7 @@ def test_noise_moves_shares_towards_the_chance_to_arrive() -> None:
 
 
 def test_32_bits_per_coordinate_means_no_quantization() -> None:
-    plan = make_plan(REFERENCE, bits_per_coordinate=32)
+    plan = make_plan(REFERENCE, bits_per_coordinate=32, noise_ratio=0.0)
     assert plan.bits.tolist() == [32] * 10
     assert not plan.variance.any()
     p = np.array(REFERENCE)
@@ -117,6 +118,49 @@ def test_a_worker_that_never_arrives_gets_neither_data_nor_bits() -> None:
     assert plan.bits.sum() == 9
     assert plan.coefficients(np.array([True, True, True]))[1] == 0
     assert plan.partition_probabilities(1).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_joint_design_with_batches_and_caps_beats_every_other_allocation(seed: int) -> None:
+    """Proposition 1 with v = q (1 + eta / B) + eta / B, over all allocations that the links carry."""
+    rng = np.random.default_rng(seed)
+    p, eta, batches = rng.uniform(0, 0.6, 3), float(rng.uniform(0, 3)), rng.uniform(0.2, 4, 3)
+    batches /= batches.mean()
+    caps = rng.integers(2, 9, 3)
+    q = quantization_variance(np.arange(9), 512)
+    plan = make_plan(p, bit_budget=13, max_bits=8, noise_ratio=eta, batches=batches, most_bits=caps)
+    best = np.inf
+    for bits in itertools.product(*(range(2, cap + 1) for cap in caps)):
+        if sum(bits) <= 13:
+            v = q[list(bits)] * (1 + eta / batches) + eta / batches
+            best = min(best, 1 / np.sum((1 - p) / (p + v)))
+    assert plan.residual_bound == pytest.approx(best, rel=1e-9)
+    assert np.all(plan.bits <= caps)
+    np.testing.assert_array_equal(plan.batches, batches)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+def test_noisy_batches_get_shares_by_the_samples_that_arrive(bits: float) -> None:
+    """The limit is (1 - p_k) B_k / (1 + q_k): quantization noise makes a sample worth 1 / (1 + q) of one."""
+    p, batches = np.array([0.05, 0.3, 0.6]), np.array([1.5, 1.2, 0.3])
+    plan = make_plan(p, noise_ratio=1e6, batches=batches, bits_per_coordinate=bits)
+    worth = (1 - p) * batches / (1 + quantization_variance(plan.bits))
+    np.testing.assert_allclose(plan.shares, worth / worth.sum(), rtol=1e-5)
+
+
+def test_data_that_cannot_move_keeps_its_shares_whatever_the_batches() -> None:
+    fixed: dict[str, Any] = {"placement": np.eye(3), "partition_sizes": [5, 3, 2]}
+    equal, unequal = (make_plan([0.1] * 3, batches=b, **fixed) for b in (None, [2.5, 0.25, 0.25]))
+    np.testing.assert_allclose(unequal.shares, [0.5, 0.3, 0.2])
+    np.testing.assert_allclose(equal.shares, unequal.shares)
+    assert unequal.residual_bound > equal.residual_bound  # its small batches are noisy
+
+
+def test_a_narrow_link_sends_few_bits_where_the_others_send_plain_fp32() -> None:
+    plan = make_plan([0.1] * 3, bits_per_coordinate=32, most_bits=[32, 20, 3])
+    assert plan.bits.tolist() == [32, 16, 3]
+    assert plan.variance[0] == 1.0 < plan.variance[1] < plan.variance[2]
+    assert make_plan([0.1] * 3, bits_per_coordinate=8, most_bits=[16, 3, 2]).bits.tolist() == [16, 3, 2]
 
 
 def test_a_measured_table_decides_the_bits() -> None:
@@ -274,7 +318,7 @@ def test_nobody_arriving_decodes_to_zero_with_every_rule() -> None:
         coefficients = make_plan([0.1, 0.2, 0.3], second_track=second).second_coefficients(nobody)
         assert coefficients is not None
         assert not coefficients.any()
-    assert make_plan([0.1, 0.2, 0.3]).second_coefficients(nobody) is None
+    assert make_plan([0.1, 0.2, 0.3], second_track=None).second_coefficients(nobody) is None
 
 
 def test_a_rate_of_zero_gives_coefficient_zero() -> None:
@@ -289,6 +333,7 @@ def variants() -> list[Plan]:
         make_plan([0.1, 1.0, 0.3], second_track="lmmse", decoder="hajek"),
         make_plan([0.3, 0.1], bits_per_coordinate=32, partition_sizes=[3, 1, 1]),
         make_plan(REFERENCE, allow_drop=True, norm="l2"),
+        make_plan([0.1, 0.1, 0.6], batches=[1.3, 1.3, 0.4], most_bits=[16, 4, 2]),
         make_plan(np.linspace(0.01, 0.5, 3000), num_partitions=3000),
     ]
 
@@ -306,6 +351,7 @@ def test_plans_survive_json_pickle_and_copies(plan: Plan) -> None:
     again = pickle.loads(pickle.dumps(plan))
     np.testing.assert_array_equal(again.bits, plan.bits)
     np.testing.assert_array_equal(again.variance, plan.variance)
+    np.testing.assert_array_equal(again.batches, plan.batches)
 
 
 def test_sparse_and_dense_weights_make_the_same_plan() -> None:
@@ -341,6 +387,10 @@ def test_repr_is_a_table_of_workers() -> None:
     assert lines[0].startswith("Plan(2 workers, 2 partitions, 8 of 8 bits per coordinate, max norm, unbiased")
     assert "second track ridge" in lines[0]
     assert len(lines) == 4
+    assert "batch" not in lines[1]
+    unequal = repr(make_plan([0.1, 0.4], batches=[1.5, 0.5])).splitlines()
+    assert unequal[1].split() == ["worker", "late", "bits", "batch", "share", "coefficient"]
+    assert unequal[3].split()[3] == "0.5"
     assert "and 84 more" in repr(make_plan(np.full(100, 0.1)))
 
 
@@ -366,6 +416,11 @@ def test_repr_is_a_table_of_workers() -> None:
         ([0.1, 0.2], {"variance": np.zeros((2, 5))}, r"\[2, 17\]"),
         ([0.1, 0.2], {"variance": np.full((2, 17), np.nan)}, "negative one or NaN"),
         ([0.1, 0.2], {"noise_ratio": -1.0}, "noise_ratio"),
+        ([0.1, 0.2], {"batches": [0.5, 0.5]}, "divide them by their mean"),
+        ([0.1, 0.2], {"batches": [2.0, 0.0]}, "batches"),
+        ([0.1, 0.2], {"batches": [1.0, 1.0, 1.0]}, "batches"),
+        ([0.1, 0.2], {"most_bits": [4, 1]}, "a later deadline"),
+        ([0.1, 0.2], {"most_bits": [4, 3], "min_bits": 4}, "at least 4 bits, .*, got 3 for worker 1"),
         ([0.1, 0.2], {"gamma": "balanced"}, "gamma"),
         ([0.1, 0.2], {"gamma": np.inf}, "gamma"),
         ([0.1, 0.2], {"min_bits": 1}, "one bit is the sign"),
@@ -414,7 +469,7 @@ def test_an_inconsistent_plan_cannot_be_built(change: dict[str, Any], message: s
         dataclasses.replace(plan, **change)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"format":0}', '{"format":2}', b"\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"format":0}', '{"format":3}', b"\xff"])
 def test_text_that_is_no_plan_is_refused(text: str | bytes) -> None:
     with pytest.raises(PlanError, match="plan: expected JSON"):
         Plan.from_json(text)

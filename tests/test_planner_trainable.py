@@ -25,6 +25,10 @@ def seeds() -> st.SearchStrategy[np.random.Generator]:
     return st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
+def _mean_one(batches: np.ndarray) -> np.ndarray:
+    return np.asarray(batches / batches.mean())
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
     """Straggle probabilities and options of make_plan, each in its documented range, in any combination."""
@@ -37,7 +41,9 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
         "norm": st.sampled_from(["max", "l2"]),
         "variance": st.sampled_from(["typical", "tight", "paper", table]),
         "noise_ratio": st.sampled_from([0.0, 1.0, 1e6, np.inf, rng.uniform(0, 10, k)]),
+        "batches": st.sampled_from([None, np.ones(k), _mean_one(rng.uniform(0.05, 8, k))]),
         "gamma": st.floats(0, 1e3),
+        "most_bits": st.sampled_from([None, np.inf, 4, rng.integers(low, 33, k)]),
         "allow_drop": st.booleans(),
         "allocator": st.sampled_from(["exact", "dp", "low_complexity", "greedy", "relaxation", "equal"]),
         "max_share": st.sampled_from([None, 1.0, np.inf, 2.0 / k, rng.uniform(0.1, 1.0, k)]),
@@ -45,7 +51,7 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
         "placement": st.sampled_from([None, rng.random((k, n)) < 0.7]),
         "partition_sizes": st.sampled_from([None, rng.uniform(0.1, 5, n)]),
         "decoder": st.sampled_from([*FIRST, "uncorrected"]),
-        "second_track": st.sampled_from([None, *SECOND, "lmmse"]),
+        "second_track": st.sampled_from([None, "auto", *SECOND, "lmmse"]),
         "second_track_alpha": st.sampled_from([1e-300, 0.1, 1.0, 1e300]),
         "gradient_correlation": st.floats(0, 1),
     }
@@ -70,7 +76,7 @@ def test_every_plan_option_is_trainable_or_refused(request: tuple[np.ndarray, di
     except PlanError:
         return
     second = options.get("second_track")
-    if second is None or (second != "lmmse" and options.get("decoder") != "uncorrected"):
+    if second in (None, "auto") or (second != "lmmse" and options.get("decoder") != "uncorrected"):
         plan.check_trainable()
     else:
         with pytest.raises(PlanError, match=f"got '{second}' beside"):

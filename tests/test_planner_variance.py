@@ -116,7 +116,7 @@ def test_measured_variance_converges_and_extrapolates() -> None:
     assert table[1, 6] == pytest.approx(measured(6), rel=0.2)
     assert table[1, 6] > 1.2 * table[0, 6]
     assert np.all(np.isinf(table[:, :2]))
-    plan = make_plan([0.1, 0.1], max_bits=8, variance=table)
+    plan = make_plan([0.1, 0.1], max_bits=8, variance=table, noise_ratio=0.0)
     assert plan.variance[1] == table[1, plan.bits[1]]
 
 

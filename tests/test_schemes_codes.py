@@ -129,8 +129,10 @@ def test_unquantized_means_no_quantization_noise(name: str) -> None:
         assert not plan.variance.any()
 
 
-def test_qgc_is_make_plan() -> None:
-    assert schemes.qgc(LATE, bit_budget=30, allow_drop=True) == make_plan(LATE, bit_budget=30, allow_drop=True)
+def test_qgc_is_make_plan_for_full_gradients_and_one_track() -> None:
+    options: dict[str, Any] = {"bit_budget": 30, "allow_drop": True}
+    assert schemes.qgc(LATE, **options) == make_plan(LATE, noise_ratio=0.0, second_track=None, **options)
+    assert schemes.qgc(LATE, noise_ratio=1.0, second_track="auto", **options) == make_plan(LATE, **options)
 
 
 # ---------------------------------------------------------------------------------------------- codes

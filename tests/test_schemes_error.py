@@ -153,11 +153,11 @@ DETERMINISTIC: dict[str, tuple[Callable[[], Plan], list[float]]] = {
         [0.01749, 0.5554, 0.02912, 0.0, 0.08269, 2.082, 0.1259, 0.0],
     ),
     "Theorem 1, equal bits, paper q": (
-        lambda: make_plan(REFERENCE, allocator="equal", **SETTING),
+        lambda: schemes.qgc(REFERENCE, allocator="equal", **SETTING),
         [0.02669, 0.3711, 0.03414, 0.0, 0.2046, 2.652, 0.2575, 0.0],
     ),
     "Theorem 1, equal bits, measured q": (
-        lambda: make_plan(REFERENCE, allocator="equal", bit_budget=40, variance=np.full((10, 17), MEASURED_MAX)),
+        lambda: schemes.qgc(REFERENCE, allocator="equal", bit_budget=40, variance=np.full((10, 17), MEASURED_MAX)),
         [0.01836, 0.45, 0.0277, 0.0, 0.1087, 2.171, 0.1533, 0.0],
     ),
 }
@@ -220,7 +220,7 @@ TABLES = {"l2": measured_table(14.8, 4.26, 1.31, 0.325), "max": measured_table(1
 def test_our_plans_for_measured_noise_show_the_reference_residuals(
     table: str, options: dict[str, Any], expected: list[float]
 ) -> None:
-    plan = make_plan(REFERENCE, bit_budget=40, variance=TABLES[table], **options)
+    plan = schemes.qgc(REFERENCE, bit_budget=40, variance=TABLES[table], **options)
     noise = [np.zeros(10)] + [np.where(plan.bits > 0, q[range(10), plan.bits], 0.0) for q in TABLES.values()]
     got = [schemes.residual(plan, gram, variance=v) for gram in ("aligned", "orthogonal") for v in noise]
     np.testing.assert_allclose(got, expected, rtol=0.02)

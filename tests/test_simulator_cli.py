@@ -15,8 +15,8 @@ import torch
 from simulation.tasks import least_squares, text
 from test_cli import qgc, refused
 
+from torch_qgc import schemes
 from torch_qgc.cli.experiment import read_experiment
-from torch_qgc.planner import make_plan
 from torch_qgc.schemes import ErrorFeedback
 from torch_qgc.simulator import IDEAL, Task, load_traces
 
@@ -89,7 +89,7 @@ def test_a_file_says_the_same_in_json(tmp_path: Path) -> None:
     assert experiment.rule is not None
     assert (experiment.deadline_s, experiment.rule.late) == (None, "drop")
     late = np.exp([-1.5, -3.0])  # mu (deadline - shift)
-    assert experiment.schemes == {"a": make_plan(late, bits_per_coordinate=5), "b": IDEAL}
+    assert experiment.schemes == {"a": schemes.qgc(late, bits_per_coordinate=5), "b": IDEAL}
     assert sum(p.numel() for p in experiment.model.parameters()) == 5
 
 

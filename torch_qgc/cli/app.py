@@ -15,8 +15,8 @@ from torch_qgc.cli.comparison import Budget, compare
 from torch_qgc.cli.delays import straggle_probs_from
 from torch_qgc.cli.reporting import reporting
 from torch_qgc.cli.simulate import simulate
-from torch_qgc.planner import make_plan
-from torch_qgc.planner.make import PlanOptions
+from torch_qgc.planner import PlanOptions, make_plan
+from torch_qgc.planner.options import DEFAULT_BITS_PER_COORDINATE, DEFAULT_NOISE_RATIO
 
 __all__ = ["app"]
 
@@ -36,16 +36,20 @@ def plan(
         typer.Option(help="or CSV of delays in seconds, a row per round, a column per worker; empty: never came"),
     ] = None,
     deadline_s: Annotated[str, typer.Option(help="with --delays: seconds, or auto")] = "auto",
-    bits_per_coordinate: Annotated[float | None, typer.Option(help="mean over workers; default 4")] = None,
+    bits_per_coordinate: Annotated[
+        float | None, typer.Option(help=f"mean over workers; default {DEFAULT_BITS_PER_COORDINATE:g}")
+    ] = None,
     bit_budget: Annotated[int | None, typer.Option(help="or their sum over workers")] = None,
     num_partitions: Annotated[int | None, typer.Option(help="pieces of data; default: one per worker")] = None,
     norm: Annotated[str, typer.Option(help="scale of a block: max or l2")] = "max",
     variance: Annotated[str, typer.Option(help="quantization noise: typical, tight or paper")] = "typical",
-    noise_ratio: Annotated[float, typer.Option(help="batch noise over signal, eta; 0: full gradients")] = 0.0,
+    noise_ratio: Annotated[
+        float, typer.Option(help="batch noise over signal, eta; 0: full gradients")
+    ] = DEFAULT_NOISE_RATIO,
     allow_drop: Annotated[bool, typer.Option(help="let a worker send nothing if that is better")] = False,
     max_share: Annotated[float | None, typer.Option(help="most of the data that a worker answers for")] = None,
     decoder: Annotated[str, typer.Option(help="unbiased, hajek, ridge or uncorrected")] = "unbiased",
-    second_track: Annotated[str | None, typer.Option(help="of Adam: ridge, hajek or lmmse")] = None,
+    second_track: Annotated[str, typer.Option(help="of Adam: hajek, ridge, lmmse or none")] = "auto",
     out: Annotated[Path | None, typer.Option(help="save the plan as JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="save a picture: .png, .pdf or .svg; needs matplotlib")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
@@ -59,7 +63,7 @@ def plan(
             allow_drop=allow_drop,
             max_share=max_share,
             decoder=decoder,
-            second_track=second_track,
+            second_track=None if second_track == "none" else second_track,
         )
         budget: Budget = {
             "bits_per_coordinate": bits_per_coordinate,

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-import numpy as np
-
 from torch_qgc import schemes
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan, PlanOptions
@@ -76,7 +74,7 @@ def compare(plan: Plan, budget: Budget, options: PlanOptions) -> list[Row]:
     if plan.num_workers > _MOST_WORKERS:
         return [_row("qgc", plan, plan.variance)] if plan.decoder in FIXED else []
     rows = []
-    eta = np.asarray(options.noise_ratio)
+    eta = options.batch_noise(plan.num_workers)
     told = {"norm": options.norm, "variance": options.variance, **budget}
     for name, (make, how) in _SCHEMES.items():
         try:

@@ -19,11 +19,12 @@ _ROWS_SHOWN = 32
 
 def print_plan(plan: Plan, deadline_s: float | None) -> None:
     """Print a row per worker, and what holds for all of them."""
+    batch = ["batch"] if np.any(plan.batches != 1.0) else []
     at = "" if deadline_s is None else f", deadline {deadline_s:.4g} s"
     table = make_table(
         f"{plan.num_workers} workers, {plan.spent_bits:g} bits per coordinate in all, load {plan.load:.3g}, "
         f"{plan.decoder}{at}",
-        ("worker", "late", "bits", "share", "coefficient", "utility"),
+        ("worker", "late", "bits", *batch, "share", "coefficient", "utility"),
     )
     coefficients = plan.coefficients(np.ones(plan.num_workers, dtype=bool))
     utility = 1.0 / error_factors(plan.straggle_probs, plan.variance)
@@ -32,6 +33,7 @@ def print_plan(plan: Plan, deadline_s: float | None) -> None:
             str(k),
             f"{plan.straggle_probs[k]:.4g}",
             str(plan.bits[k]),
+            *(f"{plan.batches[k]:.3g}" for _ in batch),
             f"{plan.shares[k]:.4f}",
             f"{coefficients[k]:.4f}",
             f"{utility[k]:.4g}",

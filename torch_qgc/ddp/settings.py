@@ -40,14 +40,14 @@ class Limits:
 def choose_plan(
     plan: Plan | None, workers: int, straggle_probs: Sequence[float] | None, bits_per_coordinate: float
 ) -> Plan:
-    """Return the plan, or make one from straggle probabilities: noise-aware, with a second track for Adam.
+    """Return the plan, or make one from straggle probabilities.
 
     Raises:
         ConfigError: a plan and straggle probabilities.
     """
     if plan is None:
         probs = [0.05] * workers if straggle_probs is None else list(straggle_probs)
-        return make_plan(probs, bits_per_coordinate=bits_per_coordinate, noise_ratio=1.0, second_track="hajek")
+        return make_plan(probs, bits_per_coordinate=bits_per_coordinate)
     if straggle_probs is not None:
         raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")
     return plan

@@ -24,6 +24,7 @@ from torch_qgc.ddp.thin import first_samples
 from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.planner import Plan
+from torch_qgc.planner.options import DEFAULT_BITS_PER_COORDINATE
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import sequence_number_of
 from torch_qgc.worker.checkpoint import Checkpoint
@@ -85,7 +86,7 @@ class QGCState:
         *,
         plan: Plan | None = None,
         straggle_probs: Sequence[float] | None = None,
-        bits_per_coordinate: float = 4,
+        bits_per_coordinate: float = DEFAULT_BITS_PER_COORDINATE,
         deadline_s: float | None = None,
         late: Literal["fold", "drop"] = "fold",
         warmup_steps: int = 3,

@@ -1,8 +1,11 @@
 """Decide who answers for which data, with how many bits, and how arrivals are weighed: docs/planner.md."""
 
 from torch_qgc.planner import deadline, delays, variance
+from torch_qgc.planner.batches import Batches, apportion, choose_batches
 from torch_qgc.planner.bits import allocate_bits
-from torch_qgc.planner.make import PlanOptions, make_plan
+from torch_qgc.planner.links import bits_within
+from torch_qgc.planner.make import make_plan
+from torch_qgc.planner.options import PlanOptions
 from torch_qgc.planner.placement import placed_weights
 from torch_qgc.planner.plan import Plan
 from torch_qgc.planner.rules import second_moment_decoder
@@ -10,9 +13,13 @@ from torch_qgc.planner.shares import load, optimal_shares, segment_weights, spli
 from torch_qgc.planner.variance import quantization_variance
 
 __all__ = [
+    "Batches",
     "Plan",
     "PlanOptions",
     "allocate_bits",
+    "apportion",
+    "bits_within",
+    "choose_batches",
     "deadline",
     "delays",
     "load",

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import heuristics
-from torch_qgc.planner.checks import Floats, Ints
+from torch_qgc.planner.checks import Floats, Ints, per_worker
 
 __all__ = ["Method", "allocate_bits"]
 
@@ -18,11 +18,14 @@ Method = Literal["exact", "dp", "low_complexity", "greedy", "relaxation", "equal
 _ROWS_PER_PASS = 4096  # rows of a table worked on at once, so that they stay in cache
 
 
-def allocate_bits(utility: ArrayLike, budget_bits: int, method: Method = "exact") -> Ints:
+def allocate_bits(
+    utility: ArrayLike, budget_bits: int, method: Method = "exact", *, most_bits: ArrayLike | None = None
+) -> Ints:
     """Allot bits so that the summed utility is maximal.
 
-        maximise sum_k U_k(b_k)  subject to  sum_k b_k <= budget_bits          Song & Choi eq. (23)-(24)
+        maximise sum_k U_k(b_k)  subject to  sum_k b_k <= budget_bits,  b_k <= most_bits_k
 
+    Song & Choi eq. (23)-(24), with a cap for each worker.
     "exact" needs no concavity and no monotonicity and costs O(K m + m^4): see `_exact`. "dp" is the paper's
     dynamic program (eq. 25), O(K B m). The rest are heuristics: see heuristics.py.
 
@@ -31,14 +34,18 @@ def allocate_bits(utility: ArrayLike, budget_bits: int, method: Method = "exact"
             allowed.
         budget_bits: bits per coordinate summed over all workers.
         method: which allocator.
+        most_bits: scalar or [K], the most bits of each worker, or None.
     Returns:
-        [K] int64 bits. Among equal utilities of one worker the fewest bits are taken.
+        [K] int64 bits. Among equal utilities of one worker the fewest bits are taken; what caps leave of the budget is
+        not spent.
     Raises:
         PlanError: the budget cannot give every worker its least bits, a worker has no allowed bits, NaN or
             +inf in the table, or an unknown method.
     """
     table = np.asarray(utility, dtype=np.float64)
     _check_table(table)
+    if most_bits is not None:
+        table = _capped(table, most_bits)
     least = np.argmax(table > -np.inf, axis=1)
     spare = int(budget_bits) - int(least.sum())
     if spare < 0:
@@ -69,6 +76,20 @@ def _check_table(table: Floats) -> None:
     closed = np.flatnonzero(np.isneginf(table).all(axis=1))
     if closed.size:
         raise PlanError(f"utility: expected at least one allowed number of bits, worker {closed[0]} has none")
+
+
+def _capped(table: Floats, most_bits: ArrayLike) -> Floats:
+    """Forbid what is above the caps."""
+    caps = per_worker(most_bits, len(table), "most_bits")
+    capped = np.where(np.arange(table.shape[1]) <= caps[:, None], table, -np.inf)
+    shut = np.flatnonzero(np.isneginf(capped).all(axis=1))
+    if shut.size:
+        k = shut[0]
+        raise PlanError(
+            f"most_bits: expected at least {int(np.argmax(table[k] > -np.inf))}, the least bits of worker {k}, got "
+            f"{caps[k]:g}; raise it, or let the worker be dropped (allow_drop=True)"
+        )
+    return capped
 
 
 def _gains(table: Floats, least: Ints) -> Floats:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from torch_qgc.errors import PlanError
 
-__all__ = ["Floats", "Ints", "Mask", "Rule", "per_worker", "probabilities"]
+__all__ = ["Floats", "Ints", "Mask", "Rule", "batch_sizes", "per_worker", "probabilities"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -55,6 +55,26 @@ def per_worker(values: ArrayLike, num_workers: int, name: str, *, least: float =
         k = int(bad[0])
         raise PlanError(f"{name}: expected values >= {least:g}, got {v[k]} for worker {k}")
     return v
+
+
+def batch_sizes(values: ArrayLike, num_workers: int) -> Floats:
+    """Return `values` as a [K] float64 vector of batches in units of the batch size.
+
+    Raises:
+        PlanError: wrong shape, not positive and finite, or a mean below 1; the message names the first bad worker.
+    """
+    batches = _floats(values, "batches")
+    if batches.shape != (num_workers,) or not num_workers:
+        raise PlanError(f"batches: expected one batch per worker, shape [{num_workers}], got {batches.shape}")
+    bad = np.flatnonzero(~((batches > 0.0) & (batches < np.inf)))
+    if bad.size:
+        raise PlanError(f"batches: expected finite values > 0, got {batches[bad[0]]} for worker {bad[0]}")
+    if batches.mean() < 1.0 - 1e-9:
+        raise PlanError(
+            f"batches: expected a mean of at least 1, got {batches.mean():.6g}: they are in units of the batch size; "
+            "divide them by their mean"
+        )
+    return batches
 
 
 def _floats(values: ArrayLike, name: str) -> Floats:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats, Ints, per_worker, probabilities
+from torch_qgc.planner.checks import Floats, Ints, batch_sizes, per_worker, probabilities
 from torch_qgc.planner.shares import Weights, error_factors, frozen_weights, partition_fractions
 from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Norm, quantization_variance
 
@@ -30,6 +30,7 @@ class PlanFields:
     shares: Floats
     weights: Weights
     variance: Floats = field(default_factory=lambda: np.empty(0))
+    batches: Floats = field(default_factory=lambda: np.empty(0))
     partition_sizes: Floats | None = None
     bit_budget: int | None = None
     norm: Norm = "max"
@@ -41,7 +42,7 @@ class PlanFields:
     def __post_init__(self) -> None:
         p = probabilities(self.straggle_probs)
         bits = _integer_bits(self.bits, len(p))
-        typical = np.size(self.variance) == 0
+        typical, equal = np.size(self.variance) == 0, np.size(self.batches) == 0
         arrays: dict[str, NDArray[Any]] = {
             "straggle_probs": p,
             "bits": bits,
@@ -49,6 +50,7 @@ class PlanFields:
             "variance": quantization_variance(bits, norm=self.norm)
             if typical
             else per_worker(self.variance, len(p), "variance"),
+            "batches": np.ones(len(p)) if equal else batch_sizes(self.batches, len(p)),
         }
         object.__setattr__(self, "weights", frozen_weights(self.weights, len(p)))
         if self.partition_sizes is not None:

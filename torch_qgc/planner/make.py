@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.bits import Method, allocate_bits
-from torch_qgc.planner.checks import Floats, Ints, Mask, per_worker, probabilities
+from torch_qgc.planner.checks import Floats, Ints, Mask, probabilities
+from torch_qgc.planner.options import PlanOptions, resolve_budget
 from torch_qgc.planner.placement import placed_weights
 from torch_qgc.planner.plan import Plan
 from torch_qgc.planner.shares import (
@@ -23,69 +23,12 @@ from torch_qgc.planner.shares import (
     segment_weights,
     split_components,
 )
-from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Bound, Norm, quantization_variance
+from torch_qgc.planner.variance import PASS_THROUGH_BITS
 
-__all__ = ["PlanOptions", "make_plan", "resolve_budget"]
+__all__ = ["make_plan"]
 
-_DEFAULT_BITS_PER_COORDINATE = 4.0
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PlanOptions:
-    """Everything about a plan that has a good default.
-
-    How noisy a worker is:
-        norm: "max" (less noise at the same bits) or "l2" (the paper's scale).
-        variance: "typical" (what gradients usually show), "tight" (the worst case), "paper" (its bound), or a
-            measured table [K, max_bits + 1] with q of worker k at b bits in column b.
-        noise_ratio: scalar or [K], eta >= 0: variance of a worker's batch gradient over the squared norm of
-            its mean; more: shares closer to (1 - p_k), fewer bits for the best.
-        gamma: factor on q, >= 0 (Song & Choi eq. (33)); more: shares and bits follow quantization noise rather than
-            straggle probabilities.
-    Bits:
-        min_bits, max_bits: what a worker may get, in [2, 16]; bits_per_coordinate=32 turns quantization off.
-        allow_drop: may a worker get 0 bits and share 0, if the others use its bits better?
-        allocator: see `allocate_bits`.
-    Code:
-        max_share: scalar or [K], the most data a worker can answer for, or None.
-        tolerance: in partitions; more: fewer copies of the data, larger error; see `split_components`.
-        placement: [K, N] bool, who holds which partition, or None: anybody may hold any.
-        partition_sizes: [N] in any unit, or None: equal.
-    Decoding: see `Plan`.
-    """
-
-    norm: Norm = "max"
-    variance: Bound | ArrayLike = "typical"
-    noise_ratio: ArrayLike = 0.0
-    gamma: float = 1.0
-    min_bits: int = 2
-    max_bits: int = MOST_BITS
-    allow_drop: bool = False
-    allocator: Method = "exact"
-    max_share: ArrayLike | None = None
-    tolerance: float = 0.0
-    placement: ArrayLike | None = None
-    partition_sizes: ArrayLike | None = None
-    decoder: str = "unbiased"
-    second_track: str | None = None
-    second_track_alpha: float = 1.0
-    gradient_correlation: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.min_bits <= self.max_bits <= MOST_BITS:
-            raise PlanError(
-                f"min_bits, max_bits: expected 2 <= min_bits <= max_bits <= {MOST_BITS}, got {self.min_bits} and "
-                f"{self.max_bits}: one bit is the sign, so a magnitude needs at least two, and the codec has no more "
-                f"than {MOST_BITS}; to send plain fp32 give bits_per_coordinate={PASS_THROUGH_BITS}"
-            )
-        if not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma < math.inf):
-            raise PlanError(f"gamma: expected a finite number >= 0, got {self.gamma!r}")
-        fixed = [name for name in ("placement", "max_share", "partition_sizes") if getattr(self, name) is not None]
-        if self.tolerance and fixed:
-            raise PlanError(
-                f"tolerance: expected 0 with {', '.join(fixed)}, got {self.tolerance}: it moves borders "
-                "between equal partitions to where shares would like them; drop one of them"
-            )
+#: (utility [K, max_bits + 1], which allocator) -> bits [K] within the budget and the caps.
+Allot: TypeAlias = Callable[[Floats, Method], Ints]
 
 
 def make_plan(
@@ -99,7 +42,8 @@ def make_plan(
 ) -> Plan:
     """Choose bits, shares and weights with the least error under the budget.
 
-        minimise sum_k delta_k m_k^2,   delta_k = (p_k + v_k(b_k)) / (1 - p_k),   v = gamma q (1 + eta) + eta
+        minimise sum_k delta_k m_k^2,   delta_k = (p_k + v_k(b_k)) / (1 - p_k)
+        v_k = gamma q_k (1 + eta_k) + eta_k,   eta_k = noise_ratio / batches_k
 
     over bits b, shares m and weights, such that decoding is unbiased. Without max_share and placement this is
     the global optimum: bits maximise sum_k 1/delta_k(b_k), then shares follow (Song & Choi Theorem 1 and
@@ -107,7 +51,8 @@ def make_plan(
     optimised in turn, each exactly, from two starts: a local optimum.
 
     Args:
-        straggle_probs: [K], p_k in [0, 1], chance that worker k misses a round. At p_k = 1 it gets no data.
+        straggle_probs: [K], p_k in [0, 1], chance that worker k misses a round; in a job that folds late payloads one
+            minus its contributions per round. At p_k = 1 it gets no data.
         bits_per_coordinate: mean over workers; the budget is floor(K * it). 32: gradients are sent
             unquantized. Default 4 if no budget is given.
         bit_budget: or the budget itself, in bits per coordinate summed over workers.
@@ -122,13 +67,14 @@ def make_plan(
     p = probabilities(straggle_probs)
     n = _count_partitions(len(p), num_partitions, o)
     budget, quantized = resolve_budget(len(p), bits_per_coordinate, bit_budget)
-    variance = _variance_table(len(p), o)
+    variance, caps = o.variance_table(len(p)), o.caps(len(p))
     if quantized:
-        bits, shares, weights = _bits_and_code(p, variance, budget, n, o)
+        bits, shares, weights = _bits_and_code(
+            p, variance, lambda utility, method: allocate_bits(utility, budget, method, most_bits=caps), n, o
+        )
         chosen = variance[np.arange(len(p)), bits]
     else:
-        bits = np.full(len(p), PASS_THROUGH_BITS, dtype=np.int64)
-        chosen = per_worker(o.noise_ratio, len(p), "noise_ratio")
+        bits, chosen = _plain(variance, caps, o)
         shares, weights = _code(p, chosen, n, o)
     return Plan(
         straggle_probs=p,
@@ -136,11 +82,12 @@ def make_plan(
         shares=shares,
         weights=weights,
         variance=chosen,
+        batches=np.empty(0) if o.batches is None else np.asarray(o.batches, dtype=np.float64),
         bit_budget=budget,
         partition_sizes=None if o.partition_sizes is None else np.asarray(o.partition_sizes, dtype=np.float64),
         norm=o.norm,
         decoder=o.decoder,
-        second_track=o.second_track,
+        second_track=o.chosen_second_track(),
         second_track_alpha=o.second_track_alpha,
         gradient_correlation=o.gradient_correlation,
     )
@@ -172,42 +119,6 @@ def _count_partitions(num_workers: int, num_partitions: int | None, o: PlanOptio
     return count
 
 
-def resolve_budget(num_workers: int, bits_per_coordinate: float | None, bit_budget: int | None) -> tuple[int, bool]:
-    """Return the bits per coordinate over all workers, and whether gradients are quantized at all."""
-    if bit_budget is not None:
-        if bits_per_coordinate is not None:
-            raise PlanError("expected bits_per_coordinate or bit_budget, got both; give one")
-        return int(bit_budget), True
-    mean = _DEFAULT_BITS_PER_COORDINATE if bits_per_coordinate is None else float(bits_per_coordinate)
-    if not 0.0 < mean <= PASS_THROUGH_BITS:
-        raise PlanError(f"bits_per_coordinate: expected a number in (0, {PASS_THROUGH_BITS}], got {mean}")
-    return math.floor(num_workers * mean + 1e-9), mean < PASS_THROUGH_BITS
-
-
-def _variance_table(num_workers: int, o: PlanOptions) -> Floats:
-    """Return v of worker k at b bits, [K, max_bits + 1]; inf where b is not allowed."""
-    columns = np.arange(o.max_bits + 1)
-    if isinstance(o.variance, str):
-        bound = cast("Bound", o.variance)  # any other name is refused there
-        q = np.tile(quantization_variance(columns, norm=o.norm, bound=bound), (num_workers, 1))
-    else:
-        q = np.array(o.variance, dtype=np.float64)
-        if q.shape != (num_workers, o.max_bits + 1):
-            raise PlanError(
-                f"variance: expected 'typical', 'tight', 'paper' or a table of shape [K, max_bits + 1] = "
-                f"[{num_workers}, {o.max_bits + 1}], got shape {q.shape}"
-            )
-        if not np.all(q[:, o.min_bits :] >= 0):
-            raise PlanError(
-                "variance: expected a table of values >= 0 from column min_bits on, got a negative one or NaN"
-            )
-    eta = per_worker(o.noise_ratio, num_workers, "noise_ratio")[:, None]
-    q[:, : o.min_bits] = np.inf
-    with np.errstate(invalid="ignore"):
-        v = np.where(np.isinf(q), np.inf, o.gamma * q * (1.0 + eta) + eta)
-    return np.asarray(v)
-
-
 # --------------------------------------------------------------------------------------- optimisation
 def _code(p: Floats, variance: Floats, n: int, o: PlanOptions) -> tuple[Floats, Weights]:
     """Return the best shares [K] and weights [K, N] for given variances."""
@@ -225,17 +136,27 @@ def _code(p: Floats, variance: Floats, n: int, o: PlanOptions) -> tuple[Floats, 
     return np.asarray(weights.sum(axis=1)) / n, weights
 
 
-def _bits_and_code(p: Floats, variance: Floats, budget: int, n: int, o: PlanOptions) -> tuple[Ints, Floats, Weights]:
+def _plain(variance: Floats, caps: Ints | None, o: PlanOptions) -> tuple[Ints, Floats]:
+    """Return bits and variance [K] without quantization, except where a link does not carry that."""
+    bits = np.full(len(variance), PASS_THROUGH_BITS, dtype=np.int64)
+    chosen = o.batch_noise(len(variance))
+    if caps is not None:
+        narrow = np.flatnonzero(caps < PASS_THROUGH_BITS)
+        bits[narrow] = np.minimum(caps[narrow], o.max_bits)
+        chosen[narrow] = variance[narrow, bits[narrow]]
+    return bits, chosen
+
+
+def _bits_and_code(p: Floats, variance: Floats, allot: Allot, n: int, o: PlanOptions) -> tuple[Ints, Floats, Weights]:
     """Return the best bits [K], shares [K] and weights [K, N] under a budget."""
     delta = error_factors(p[:, None], variance)
     constrained = o.placement is not None or o.max_share is not None
     # Under constraints nobody is dropped before it is known who can do without whom.
-    mute = (p >= 1.0) | (o.allow_drop and not constrained)
-    bits = allocate_bits(_open_zero(1.0 / delta, mute), budget, o.allocator)
+    utility = _open_zero(1.0 / delta, (p >= 1.0) | (o.allow_drop and not constrained))
+    bits = allot(utility, o.allocator)
     if not constrained:
         return bits, *_code(p, variance[np.arange(len(p)), bits], n, o)
-    fair = allocate_bits(_open_zero(1.0 / delta, mute), budget, "equal")
-    solutions = [_alternate(start, p, variance, budget, n, o) for start in (bits, fair)]
+    solutions = [_alternate(start, p, variance, allot, n, o) for start in (bits, allot(utility, "equal"))]
     return min(solutions, key=lambda solution: solution[0])[1]
 
 
@@ -247,7 +168,7 @@ def _open_zero(utility: Floats, may_drop: Mask) -> Floats:
 
 
 def _alternate(
-    bits: Ints, p: Floats, variance: Floats, budget: int, n: int, o: PlanOptions
+    bits: Ints, p: Floats, variance: Floats, allot: Allot, n: int, o: PlanOptions
 ) -> tuple[float, tuple[Ints, Floats, Weights]]:
     """Optimise the code for the bits and the bits for the code in turn, while the error falls."""
     rows = np.arange(len(p))
@@ -263,4 +184,4 @@ def _alternate(
         with np.errstate(invalid="ignore"):
             table = np.where(np.isfinite(delta), -delta * shares[:, None] ** 2, -np.inf)
         table[(p >= 1.0) | (o.allow_drop & ~used), 0] = 0.0
-        bits = allocate_bits(table, budget, o.allocator)
+        bits = allot(table, o.allocator)

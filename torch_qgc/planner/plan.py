@@ -42,6 +42,8 @@ class Plan(PlanFields):
         weights: [K, N] float64 >= 0, array or scipy.sparse.csr_array; rows sum to N m_k, columns to N s_n.
         variance: [K] relative variance of what worker k sends about its mean gradient; empty: what is typical
             of its bits.
+        batches: [K] > 0, mean at least 1: samples of worker k's batch in units of the batch size (`apportion` makes
+            whole samples of them); empty: equal batches, all 1. See `torch_qgc.planner.choose_batches`.
         partition_sizes: [N] > 0 in any unit; None: equal.
         bit_budget: bits per coordinate over all workers that `bits` must keep to, or None.
         norm: "max" or "l2", what the scale is that 512 coordinates share.
@@ -193,11 +195,13 @@ class Plan(PlanFields):
             f"load {self.load:.3g}{bound})"
         ]
         everybody = self.coefficients(np.ones(self.num_workers, dtype=bool))
-        lines.append(f"{'worker':>8} {'late':>7} {'bits':>5} {'share':>8} {'coefficient':>12}")
+        unequal = bool(np.any(self.batches != 1.0))
+        header = f"{'worker':>8} {'late':>7} {'bits':>5}" + (f" {'batch':>6}" if unequal else "")
+        lines.append(f"{header} {'share':>8} {'coefficient':>12}")
         for k in range(min(self.num_workers, _ROWS_SHOWN)):
-            lines.append(
-                f"{k:>8} {self.straggle_probs[k]:>7.4g} {self.bits[k]:>5} {self.shares[k]:>8.4f} {everybody[k]:>12.4f}"
-            )
+            row = f"{k:>8} {self.straggle_probs[k]:>7.4g} {self.bits[k]:>5}"
+            row += f" {self.batches[k]:>6.3g}" if unequal else ""
+            lines.append(f"{row} {self.shares[k]:>8.4f} {everybody[k]:>12.4f}")
         if self.num_workers > _ROWS_SHOWN:
             lines.append(f"     ... and {self.num_workers - _ROWS_SHOWN} more")
         return "\n".join(lines)

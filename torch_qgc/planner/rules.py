@@ -18,6 +18,7 @@ __all__ = [
     "DECODERS",
     "FIXED",
     "RULES",
+    "SCALING",
     "SECOND_TRACKS",
     "Scale",
     "corrected_shares",
@@ -156,6 +157,8 @@ RULES: dict[str, Callable[[PlanFields], Rule]] = {
 }
 DECODERS = ("unbiased", "hajek", "ridge", "uncorrected")
 SECOND_TRACKS = ("ridge", "hajek", "lmmse")
+#: Rules that multiply corrected shares by one number: any two of them are multiples of each other.
+SCALING = frozenset(_SCALES)
 #: Rules whose coefficients do not depend on who else has arrived.
 FIXED = frozenset({"unbiased", "ridge", "uncorrected", "homogeneous"})
 #: Rules that rest on rows N m_k and columns N s_n of the weights.

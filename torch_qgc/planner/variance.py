@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
+from torch_qgc.kernels import BLOCK
+from torch_qgc.kernels import PASS_THROUGH as PASS_THROUGH_BITS
 from torch_qgc.planner.checks import Floats, per_worker
 
 __all__ = [
     "BLOCK",
+    "LEAST_BITS",
     "MOST_BITS",
     "PASS_THROUGH_BITS",
     "Bound",
@@ -30,14 +33,8 @@ __all__ = [
 Norm = Literal["max", "l2"]
 Bound = Literal["typical", "tight", "paper"]
 
-#: Coordinates that share one scale in the codec.
-BLOCK = 512
-
-#: Most bits per coordinate that the codec quantizes to.
-MOST_BITS = 16
-
-#: Bits per coordinate at which a worker sends its float32 gradient as it is.
-PASS_THROUGH_BITS = 32
+#: Least and most bits per coordinate that the codec quantizes to without sending mere signs.
+LEAST_BITS, MOST_BITS = 2, 16
 
 # Gaussian blocks of 512 coordinates with max-norm scale, averaged over 3 to 8 bits, have q = 1.77 / L^2.
 _KAPPA_MAX_512 = 1.77

@@ -16,13 +16,15 @@ __all__ = ["osgc", "qgc"]
 
 
 def qgc(straggle_probs: ArrayLike, *, seed: int = 0, **options: Any) -> Plan:
-    """Return the plan of this library: `make_plan`, whose code needs no seed (Song & Choi Theorem 1).
+    """Return Song & Choi's design, for gradients of all the data and one track: `make_plan`, which needs no seed.
+
+    Like the other codes it knows nothing of batch noise: `make_plan` itself has noise_ratio=1 and a second track.
 
     Args:
         straggle_probs: [K] in [0, 1].
         options: of `make_plan`.
     """
-    return make_plan(straggle_probs, **options)
+    return make_plan(straggle_probs, **{"noise_ratio": 0.0, "second_track": None, **options})
 
 
 def osgc(straggle_probs: ArrayLike, **options: Unpack[Options]) -> Plan:

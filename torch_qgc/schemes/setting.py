@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan, quantization_variance
 from torch_qgc.planner.checks import Floats, Ints, probabilities
-from torch_qgc.planner.make import resolve_budget
+from torch_qgc.planner.options import resolve_budget
 from torch_qgc.planner.shares import Weights
 from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Bound, Norm
 
