@@ -15,6 +15,8 @@ from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.log import ResultLog
 from torch_qgc.job.rounds import Closing, Fate, Rounds
+from torch_qgc.job.steering import Steering
+from torch_qgc.job.stopwatch import Stopwatch
 from torch_qgc.kernels import payload_bytes
 from torch_qgc.kernels.buffers import Payload
 from torch_qgc.logs import logger
@@ -67,6 +69,17 @@ class Job:
             trace=trace,
         )
         self._decides = index == 0  # about new plans
+        self._stopwatch = Stopwatch(len(spec.owned_by(index)))
+        self._steering: Steering | None = None
+        if self._decides and spec.replan_every:
+            self._steering = Steering(
+                spec.workers,
+                spec.numel,
+                every=spec.replan_every,
+                auto_deadline=spec.rule.deadline_s == "auto",
+                first_step=spec.first_step,
+                norm=plan.norm,
+            )
         self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
@@ -184,6 +197,11 @@ class Job:
             )
         fate = self.rounds.arrive(worker, push.step, push.chunk, Payload(rest[0], numel, push.bits), now)
         self.stats["bytes_received"] += expected
+        if self._steering is not None:
+            self._steering.variance.update(worker, push.bits, push.variance, push.squared_norm)
+            timed = self._stopwatch.push(worker, push, expected, now)
+            if timed is not None:
+                self._steering.note(worker, timed)
         if fate is not Fate.IN_TIME:
             self.stats["late"] += 1
             self.stats[fate.value] += 1
@@ -206,8 +224,24 @@ class Job:
             self._take_out(worker, now, f"it did not join within {self.spec.join_timeout_s:g} s")
         if self.failed is not None:
             return
-        for closing in self.rounds.close_due(now, chunks):
+        closings = self.rounds.close_due(now, chunks)
+        for closing in closings:
             self._publish(closing)
+        if closings:
+            self._replan_if_due(now)
+
+    def _replan_if_due(self, now: float) -> None:
+        """Choose the next plan where it is time to, from what the workers' steps have taken."""
+        steering, step = self._steering, self.rounds.newest
+        if steering is None or not steering.is_due(step, self.rounds.roster.awaited):
+            return
+        choice = steering.choose(step, self.courses.at(step))
+        if choice is not None and self.courses.newest.from_step <= step:
+            course = self.replan(choice.plan, choice.deadline_s)
+            self._trace(
+                Event(now, "replan", course.from_step, None, None, {"version": course.version, "causes": choice.causes})
+            )
+            logger.info("plan %d from step %d on: %s", course.version, course.from_step, choice)
 
     def say_who_is_waited_for(self, now: float) -> None:
         """Name the workers that a step has been open for for long, now and then: nobody waits in silence."""
@@ -243,7 +277,7 @@ class Job:
 
     # --- new plans --------------------------------------------------------------------------------------
 
-    def replan(self, plan: Plan, deadline_s: float | None) -> None:
+    def replan(self, plan: Plan, deadline_s: float | None) -> Course:
         """Let a plan and a deadline hold from the first step on that no worker can have begun; of aggregator 0 alone.
 
         Raises:
@@ -260,6 +294,7 @@ class Job:
         )
         self.courses.add(course)
         self._announce(course, EVERYBODY)
+        return course
 
     def _announce(self, course: Course, worker: int | None) -> None:
         self.outbox.append((worker, course.to_frames()))
@@ -282,7 +317,9 @@ class Job:
         left = [k for k, left_at in self._left_at.items() if left_at <= step]
         if left:
             self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
-        elif begin.thin:
+            return
+        self._stopwatch.begin(worker, begin, now)
+        if begin.thin:
             self.rounds.take(worker, step, now)
             if worker not in self._has_been_late:  # whatever its loop does otherwise shows now
                 self._has_been_late.add(worker)

@@ -56,7 +56,7 @@ def choose_plan(
 def closing_rule(
     *,
     workers: int,
-    deadline_s: float | None,
+    deadline_s: float | Literal["auto"] | None,
     late: Literal["fold", "drop"],
     warmup_steps: int,
     quorum: int | None,
@@ -90,6 +90,7 @@ def job_spec(
     aggregators: int,
     downlink_bits: int,
     verify_every: int,
+    replan_every: int,
     limits: Limits,
 ) -> JobSpec:
     """Return what all workers and aggregators of a DDP job must agree on, validated.
@@ -109,6 +110,7 @@ def job_spec(
         downlink_bits=downlink_bits,
         rule=rule,
         verify_every=verify_every,
+        replan_every=replan_every,
         log_steps=limits.log_steps,
         log_bytes=limits.log_bytes,
         join_timeout_s=limits.join_timeout_s,

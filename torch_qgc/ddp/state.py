@@ -87,7 +87,7 @@ class QGCState:
         plan: Plan | None = None,
         straggle_probs: Sequence[float] | None = None,
         bits_per_coordinate: float = DEFAULT_BITS_PER_COORDINATE,
-        deadline_s: float | None = None,
+        deadline_s: float | Literal["auto"] | None = None,
         late: Literal["fold", "drop"] = "fold",
         warmup_steps: int = 3,
         quorum: int | None = None,
@@ -96,6 +96,7 @@ class QGCState:
         aggregators: int = 1,
         seed: int = 0,
         verify_every: int = 50,
+        replan_every: int | None = None,
         limits: Limits = Limits(),
         network: Network = Network(),
         process_group: dist.ProcessGroup | None = None,
@@ -127,6 +128,7 @@ class QGCState:
                 aggregators=aggregators,
                 downlink_bits=downlink_bits,
                 verify_every=verify_every,
+                replan_every=replan_every if replan_every is not None else 50 * (deadline_s == "auto"),
                 limits=limits,
             )
         endpoints, children = start_aggregators(group, aggregators, network)

@@ -54,6 +54,7 @@ MAX_HEADER_BYTES = 40 * 1024  # every header, with a text of 8192 characters in 
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
 MAX_TEXT = 8192  # characters, of up to four bytes
+Units = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 ABSENT = 255  # in a result's contributions: this worker was not in the job when the round closed
 
@@ -78,6 +79,8 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
 
     step: Step
     thin: bool = False
+    batch: Units = 0.0  # samples, in units of the mean batch; 0: the user's own loader, whose batches are not ours
+    outside_s: Seconds = 0.0  # since the result of the step before: update, data, whatever the loop does
 
 
 class Push(msgspec.Struct, tag="push", frozen=True):
@@ -88,6 +91,7 @@ class Push(msgspec.Struct, tag="push", frozen=True):
     bits: Annotated[int, msgspec.Meta(ge=1, le=32)]
     variance: float  # exact rounding variance of this payload
     squared_norm: float  # squared norm of what was encoded
+    spent_s: Seconds = 0.0  # since BEGIN, by the worker's clock
 
 
 class Fetch(msgspec.Struct, tag="fetch", frozen=True):

@@ -46,6 +46,7 @@ class Connection:
 
     def __init__(self, session: Session, carrier: Carrier) -> None:
         self._session, self._carrier = session, carrier
+        self._began_at_s = 0.0  # the newest step
 
     @property
     def spec(self) -> JobSpec:
@@ -81,10 +82,11 @@ class Connection:
                     f"{timeout_s:.0f} s: is it running and reachable, and has worker 0 joined?"
                 )
 
-    def begin(self, step: int, *, thin: bool = False) -> None:
-        """Announce the step's forward pass to every aggregator; a thin one is for the result only."""
+    def begin(self, step: int, *, thin: bool = False, batch: float = 0.0, outside_s: float = 0.0) -> None:
+        """Announce the step's forward pass to every aggregator; `torch_qgc.protocol.messages.Begin` says what."""
         with self._carrier.locked():
-            self._session.begin(step, thin=thin)
+            self._began_at_s = self._carrier.now()
+            self._session.begin(messages.Begin(step, thin, batch, outside_s))
             self._carrier.flush()
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Any, float, float]]) -> None:
@@ -95,7 +97,7 @@ class Connection:
                 a device to finish.
         """
         with self._carrier.locked():
-            self._session.push(step, chunk, bits, payload)
+            self._session.push(step, chunk, bits, payload, self._carrier.now() - self._began_at_s)
             self._carrier.flush()
 
     def send_hash(self, step: int, parts: dict[str, str]) -> None:

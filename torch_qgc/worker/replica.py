@@ -23,6 +23,7 @@ from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.planner import Plan
+from torch_qgc.planner.batches import apportion
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.buffers import KeptBuffers
@@ -86,6 +87,9 @@ class Replica:
         self._connection: Connection | None = None
         self._exchange: Exchange | None = None
         self._begun_at_s = 0.0
+        self._made_at_s: float | None = None  # the step before
+        self.batch = 0.0  # samples of the batch at hand, in units of the mean batch; 0: not from a loader of ours
+        self._batch_sizes: dict[tuple[int, int], int] = {}  # (plan's version, mean) -> this worker's
         self._pace = Pace()  # of full steps
         self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
         self._decided_step = -1  # the step for which that was decided
@@ -152,7 +156,12 @@ class Replica:
             batch_size: the mean over all workers, as the user has chosen it.
             step: the step that they are for.
         """
-        return batch_size
+        course = self.courses.at(step)
+        if (course.version, batch_size) not in self._batch_sizes:
+            self._batch_sizes = {key: size for key, size in self._batch_sizes.items() if key[0] == course.version}
+            samples = apportion(course.plan.batches, batch_size)
+            self._batch_sizes[course.version, batch_size] = int(samples[self.worker])
+        return self._batch_sizes[course.version, batch_size]
 
     def missed(self) -> bool:
         """Tell whether the step that a batch is asked for closes without this worker.
@@ -223,7 +232,8 @@ class Replica:
         exchange.begin(thin=thin)
         self._begun_at_s = self._now()
         self._spans.mark("begin", step=self.step, thin=thin)
-        connection.begin(self.step, thin=thin)
+        outside_s = 0.0 if self._made_at_s is None else self._begun_at_s - self._made_at_s
+        connection.begin(self.step, thin=thin, batch=self.batch, outside_s=outside_s)
 
     def backward_begins(self) -> None:
         """A backward pass through DDP's outputs begins. Called by autograd."""
@@ -272,6 +282,7 @@ class Replica:
     def _made(self) -> None:
         """A step's result is in .grad."""
         self.position.go("exchange")
+        self._made_at_s = self._now()
         self._advice.step_made(self.counts, self._pace.usual_s)
         self._advice.after_backward()
 

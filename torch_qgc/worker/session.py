@@ -76,20 +76,22 @@ class Session:
         """Queue a message for one aggregator, or for all."""
         self.outbox += self._addressed(message, aggregator)
 
-    def begin(self, step: int, *, thin: bool = False) -> None:
+    def begin(self, begin: messages.Begin) -> None:
         """Queue the announcement of a step."""
-        self._keep(self._addressed(messages.Begin(step, thin)), forget=True)
+        self._keep(self._addressed(begin), forget=True)
 
     def fault(self, step: int, text: str) -> None:
         """Queue the report of an error; from now on nothing else is to be said."""
         self._keep(self._addressed(messages.Fault(step, messages.as_text(text))), forget=True)
 
-    def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Frame, float, float]]) -> None:
+    def push(
+        self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Frame, float, float]], spent_s: float = 0.0
+    ) -> None:
         """Queue a chunk; `payload` returns (buffer, rounding variance, squared norm) when it is sent."""
 
         def frames() -> list[Frame]:
             buffer, variance, squared_norm = payload()
-            return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm)), buffer]
+            return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm, spent_s)), buffer]
 
         self._keep([(chunk % len(self.endpoints), frames)])
 

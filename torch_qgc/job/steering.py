@@ -1,0 +1,224 @@
+"""Which lever for which cause: from what is measured of the workers to a running job's next plan and deadline."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from torch_qgc.job.courses import Course
+from torch_qgc.job.measure import Estimate, Measurements
+from torch_qgc.job.stopwatch import Timed
+from torch_qgc.kernels import payload_bytes
+from torch_qgc.planner import Plan
+from torch_qgc.planner.batches import choose_batches
+from torch_qgc.planner.bits import allocate_bits
+from torch_qgc.planner.cadence import JobRounds
+from torch_qgc.planner.checks import Floats, Ints
+from torch_qgc.planner.deadline import choose_deadline
+from torch_qgc.planner.delays import Empirical
+from torch_qgc.planner.links import bits_within
+from torch_qgc.planner.shares import error_factors
+from torch_qgc.planner.variance import PASS_THROUGH_BITS, NoiseRatio, RunningVariance
+
+__all__ = ["Choice", "Steering"]
+
+#: Steps of a worker from which its speed is known well enough to act on.
+LEAST_STEPS = 6
+
+# A plan is changed for a batch or a deadline that differs by more than this, and a deadline is set for a gain above it:
+# below, estimates differ by chance.
+_WORTHWHILE = 0.1
+_ROWS = 64  # of the delays that deadlines are chosen from
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a job is to do from now on.
+
+    Attributes:
+        plan: with new batches, bits and straggle probabilities.
+        deadline_s: when steps close; None: they wait for all.
+        speedup: how many times sooner a given loss is expected than by waiting for all, with these batches.
+        causes: [K] why each worker is slower than the others; see `Measurements.cause`.
+    """
+
+    plan: Plan
+    deadline_s: float | None
+    speedup: float
+    causes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        deadline = "waits for all" if self.deadline_s is None else f"closes after {self.deadline_s:.3g} s"
+        batches, bits = " ".join(f"{b:.2f}" for b in self.plan.batches), " ".join(map(str, self.plan.bits))
+        return (
+            f"{deadline} ({self.speedup:.2f} times sooner at a loss than by waiting), batches [{batches}], bits [{bits}], "
+            f"slow because of [{' '.join(self.causes)}]"
+        )
+
+
+class Steering:
+    """Watch the workers of a job, and plan anew when that is due.
+
+    The lever follows from the cause: a slow processor gets a smaller batch, a slow link fewer bits, and what neither
+    cures, tails and pauses, is what the deadline is for. Shares stay as they are: they say whose data counts how much.
+
+    Args:
+        workers: K.
+        numel: coordinates of the gradient.
+        every: steps between two plans, if nothing has changed.
+        auto_deadline: choose the deadline, too.
+        first_step: of the job.
+        norm: of the codec.
+    """
+
+    def __init__(
+        self, workers: int, numel: int, *, every: int, auto_deadline: bool, first_step: int = 0, norm: str = "max"
+    ) -> None:
+        self._numel, self._every, self._auto_deadline = numel, every, auto_deadline
+        self.measurements = Measurements(workers)
+        self.variance = RunningVariance(workers, norm=norm)  # type: ignore[arg-type]
+        self.noise = NoiseRatio(workers)
+        self._batch_known = np.zeros(workers, dtype=np.bool_)  # batches come from a loader that can change them
+        self._last_step = first_step + LEAST_STEPS + 2 - every  # nobody's first steps say anything
+        self._changed = False
+        self._alive: frozenset[int] | None = None
+
+    def note(self, worker: int, timed: Timed) -> None:
+        """Enter a step that a worker has delivered."""
+        self._batch_known[worker] = timed.batch > 0.0
+        self._changed |= self.measurements.note(
+            worker, batch=timed.batch or 1.0, own_s=timed.own_s, link_s=timed.link_s, nbytes=timed.nbytes
+        )
+
+    def is_due(self, step: int, alive: frozenset[int]) -> bool:
+        """Tell whether to plan anew: at the set intervals, or because a worker has changed, come or gone."""
+        if self._alive is not None and alive != self._alive:
+            for worker in alive - self._alive:
+                self.measurements.forget(worker)  # another machine, perhaps
+            self._changed = True
+        self._alive = alive
+        wait = LEAST_STEPS if self._changed else self._every
+        return step - self._last_step >= wait and all(self.measurements.steps(k) >= LEAST_STEPS for k in alive)
+
+    def choose(self, step: int, course: Course) -> Choice | None:
+        """Choose what holds next, or None if that is about what holds now.
+
+        Args:
+            step: the newest.
+            course: what holds now.
+        """
+        self._last_step, self._changed = step, False
+        assert self._alive is not None
+        alive = sorted(self._alive)
+        estimates = {k: self.measurements.estimate(k) for k in alive}
+        plan = course.plan
+        batches = self._batches(estimates, plan)
+        plan = self._with_noise(dataclasses.replace(plan, batches=batches), plan.bits)
+        rounds = JobRounds(Empirical(delays_s=self._delays_s(estimates, plan), caution=0.0))
+        deadline_s, late, speedup = course.deadline_s, np.zeros(len(alive)), 1.0
+        if self._auto_deadline:
+            choice = choose_deadline(rounds, lambda p: _Outlook(plan, alive, p))
+            deadline_s = None
+            if choice.speedup > 1.0 + _WORTHWHILE:
+                deadline_s, late, speedup = choice.deadline_s, choice.straggle_probs, choice.speedup
+        elif deadline_s is not None:
+            late = 1.0 - rounds.cadence(deadline_s).rates
+        p = np.array(plan.straggle_probs)
+        p[alive] = np.clip(late, 0.0, 0.99)
+        bits = self._bits(plan, p, estimates, batches, deadline_s)
+        made = self._with_noise(dataclasses.replace(plan, straggle_probs=p), bits)
+        if not self._differs(course, made, deadline_s):
+            return None
+        return Choice(made, deadline_s, speedup, tuple(self.measurements.causes()))
+
+    # --- levers -------------------------------------------------------------------------------------------------
+
+    def _batches(self, estimates: dict[int, Estimate], plan: Plan) -> Floats:
+        """Return batches that let everybody make the step, or those of the plan if they are about as good."""
+        alive = list(estimates)
+        if not self._batch_known[alive].all() or len(alive) < 2:
+            return plan.batches
+        nbytes = [self._bytes(plan.bits[k]) for k in alive]
+        per_batch = [max(e.per_batch_s.value, 1e-9) for e in estimates.values()]
+        # What the link takes is no time for computing.
+        fixed = [
+            max(e.fixed_s.value + e.latency_s.value + e.per_byte_s.value * n, 0.0)
+            for e, n in zip(estimates.values(), nbytes)
+        ]
+        batches = np.array(plan.batches)
+        batches[alive] = choose_batches(per_batch, fixed).batches
+        return batches if _far(batches, plan.batches) else plan.batches
+
+    def _bits(
+        self, plan: Plan, p: Floats, estimates: dict[int, Estimate], batches: Floats, deadline_s: float | None
+    ) -> Ints:
+        """Return the bits with the least error that links carry in time, within the budget."""
+        if np.all(plan.bits == PASS_THROUGH_BITS):
+            return plan.bits
+        most = np.full(plan.num_workers, 16)
+        if deadline_s is not None:
+            for k, e in estimates.items():
+                left_s = deadline_s - e.fixed_s.value - e.per_batch_s.value * batches[k] - e.latency_s.value
+                most[k] = min(int(bits_within(left_s, [max(e.per_byte_s.value, 0.0)], self._numel)[0]), 16)
+        budget = int(plan.spent_bits) if plan.bit_budget is None else plan.bit_budget
+        delta = error_factors(p[:, None], self._noise_table(batches))
+        with np.errstate(invalid="ignore"):
+            table = np.where(np.isfinite(delta), -delta * plan.shares[:, None] ** 2, -np.inf)
+        bits = allocate_bits(table, budget, most_bits=most)
+        rows = np.arange(plan.num_workers)
+        old = np.minimum(plan.bits, most)
+        better = float(table[rows, bits].sum()) > (1.0 - _WORTHWHILE) * float(table[rows, old].sum())
+        return bits if better or np.any(old < plan.bits) else plan.bits
+
+    def _noise_table(self, batches: Floats) -> Floats:
+        """Return the relative variance of workers at each number of bits, [K, 17], batch noise included."""
+        q = self.variance.table(16)
+        eta = self.noise.ratios(default=1.0, batches=batches)[:, None]
+        q[:, :2] = np.inf
+        return np.where(np.isinf(q), np.inf, q * (1.0 + eta) + eta)
+
+    def _with_noise(self, plan: Plan, bits: Ints) -> Plan:
+        """Return a plan with these bits, and the variance that was measured at them."""
+        eta = self.noise.ratios(default=1.0, batches=plan.batches)
+        plain = bits == PASS_THROUGH_BITS
+        at = self._noise_table(plan.batches)[np.arange(len(bits)), np.where(plain, 16, bits)]
+        budget = None if plan.bit_budget is None else max(plan.bit_budget, int(bits.sum()))
+        return dataclasses.replace(plan, bits=bits, variance=np.where(plain, eta, at), bit_budget=budget)
+
+    def _delays_s(self, estimates: dict[int, Estimate], plan: Plan) -> Floats:
+        """Return [rows, workers] seconds that steps would take: quantiles of each worker's newest steps."""
+        levels = (np.arange(_ROWS) + 0.5) / _ROWS
+        return np.column_stack(
+            [
+                np.quantile(estimate.times_s(float(plan.batches[k]), self._bytes(plan.bits[k])), levels)
+                for k, estimate in estimates.items()
+            ]
+        )
+
+    def _bytes(self, bits: int) -> int:
+        return payload_bytes(self._numel, int(bits))
+
+    def _differs(self, course: Course, plan: Plan, deadline_s: float | None) -> bool:
+        old = course.plan
+        deadlines = (deadline_s, course.deadline_s)
+        if None in deadlines:
+            other_deadline = deadlines[0] is not deadlines[1]
+        else:
+            other_deadline = _far(np.array([deadlines[0]]), np.array([deadlines[1]]))
+        return other_deadline or bool(np.any(plan.bits != old.bits)) or _far(plan.batches, old.batches)
+
+
+class _Outlook:
+    """What `choose_deadline` asks of a plan, for the workers that are alive."""
+
+    def __init__(self, plan: Plan, alive: list[int], straggle_probs: Floats) -> None:
+        shares = plan.shares[alive]
+        self.shares = shares / shares.sum()
+        factors = error_factors(np.clip(straggle_probs, 0.0, 1.0), plan.variance[alive])
+        self.residual_bound = float(factors[shares > 0] @ self.shares[shares > 0] ** 2)
+
+
+def _far(values: Floats, others: Floats) -> bool:
+    return bool(np.any(np.abs(np.log(values / others)) > np.log1p(_WORTHWHILE)))

@@ -1,0 +1,67 @@
+"""What a worker's step took, on its own and on the link, from the messages that it sends anyway."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch_qgc.protocol.messages import Begin, Push
+
+__all__ = ["Stopwatch", "Timed"]
+
+
+class Timed(NamedTuple):
+    """A step of a worker that was computed and delivered.
+
+    Attributes:
+        step: which.
+        batch: samples in units of the mean batch; 0: not known.
+        own_s: seconds from the result of the step before to this step's last payload, by the worker's clock.
+        link_s: by how much longer its payloads were on the way than the announcement of the step.
+        nbytes: of its payloads here.
+    """
+
+    step: int
+    batch: float
+    own_s: float
+    link_s: float
+    nbytes: int
+
+
+class _Running(NamedTuple):
+    begin: Begin
+    at_s: float
+    delivered: int
+    nbytes: int
+
+
+class Stopwatch:
+    """Time workers' steps without a common clock: two of one's own are compared, and two of the aggregator's.
+
+    Args:
+        chunks: how many payloads of a step come here.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+        self._running: dict[int, _Running] = {}  # by worker
+
+    def begin(self, worker: int, begin: Begin, now: float) -> None:
+        """Note that a worker begins a step."""
+        if begin.thin:
+            self._running.pop(worker, None)
+        else:
+            self._running[worker] = _Running(begin, now, 0, 0)
+
+    def push(self, worker: int, push: Push, nbytes: int, now: float) -> Timed | None:
+        """Note a payload; return what the step took if this was its last one here."""
+        running = self._running.get(worker)
+        if running is None or running.begin.step != push.step:
+            return None
+        running = running._replace(delivered=running.delivered + 1, nbytes=running.nbytes + nbytes)
+        if running.delivered < self._chunks:
+            self._running[worker] = running
+            return None
+        del self._running[worker]
+        link_s = max(now - running.at_s - push.spent_s, 0.0)
+        own_s = running.begin.outside_s + push.spent_s
+        return Timed(push.step, running.begin.batch, own_s, link_s, running.nbytes)
