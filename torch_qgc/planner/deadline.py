@@ -9,134 +9,173 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats, per_worker
-from torch_qgc.planner.delays import DelayModel
-from torch_qgc.planner.shares import error_factors
+from torch_qgc.planner.cadence import Cadence, Rounds
+from torch_qgc.planner.checks import Floats, Mask
+from torch_qgc.planner.plan import Plan
 
-__all__ = ["DeadlineChoice", "choose_deadline", "expected_round_time"]
-
-
-def expected_round_time(delays: DelayModel, deadline_s: float) -> float:
-    """Return how long a round lasts on average if it closes when all are in, or at the deadline.
-
-        E min(T, max_k T_k) = int_0^T (1 - prod_k F_k(t)) dt
-
-    Args:
-        deadline_s: T > 0, finite.
-    """
-    if not 0.0 < deadline_s < np.inf:
-        raise PlanError(f"deadline_s: expected a positive, finite number of seconds, got {deadline_s}")
-    kinks = delays.breakpoints()
-    edges = np.union1d(np.linspace(0.0, deadline_s, 129), kinks[(kinks > 0) & (kinks < deadline_s)])
-    nodes, weights = np.polynomial.legendre.leggauss(12 if len(edges) < 1024 else 2)
-    half = np.diff(edges) / 2.0
-    times = (edges[:-1] + half)[:, None] + half[:, None] * nodes
-    late = delays.late_fraction(times).reshape(*times.shape, -1)
-    waiting = 1.0 - np.prod(1.0 - late, axis=-1)
-    return float(np.sum(waiting * weights * half[:, None]))
+__all__ = ["DeadlineChoice", "choose_deadline"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeadlineChoice:
-    """A deadline, and what it costs: straggle_probs [K], residual rho, round time in seconds, objective J."""
+    """A deadline, and what it costs.
+
+    Attributes:
+        deadline_s: T.
+        objective: J in seconds, proportional to the time to a given loss.
+        waiting_objective: what J would be if every round waited for all; inf if somebody never comes.
+        residual: rho, the error of the plan for these straggle_probs.
+        round_time_s: mean length of a round, with overhead.
+        straggle_probs: [K], what `make_plan` is to be told: one minus the contributions per round.
+        staleness: [K], mean age of a contribution, in rounds.
+        unheard: workers whose payloads are mostly lost. There are some only if bounds on the deadline leave nothing
+            better: raise the upper one, or `max_staleness`.
+    """
 
     deadline_s: float
     objective: float
+    waiting_objective: float
     residual: float
     round_time_s: float
     straggle_probs: Floats
+    staleness: Floats
+    unheard: tuple[int, ...]
+
+    @property
+    def speedup(self) -> float:
+        """How many times sooner a loss is reached than by waiting for all; if it is about 1, better wait."""
+        return self.waiting_objective / self.objective
 
 
 def choose_deadline(
-    delays: DelayModel,
-    residual: ArrayLike | Callable[[Floats], float],
+    rounds: Rounds,
+    plan: Callable[[Floats], Plan],
     *,
     beta: float = 1.0,
+    staleness_weight: float = 1.0,
     overhead_s: float = 0.0,
     search_s: tuple[float, float] | None = None,
-    closes_early: bool = False,
-    grid: int = 240,
+    must_hear: ArrayLike | None = None,
+    slack: float = 0.05,
+    grid: int = 64,
 ) -> DeadlineChoice:
     """Choose the deadline that reaches a given loss soonest.
 
-        minimise J(T) = (tau(T) + t0) (beta + rho(T)),   rho(T) = error of the plan for p_k = P(T_k > T)
+        minimise J(T) = (tau(T) + t0) (beta (1 + w sum_k m_k s_k(T)) + rho(T))
 
-    Rounds to a given loss grow with E||ghat||^2 <= C N^2 (1 + rho) (Song & Choi Lemma 2, Theorems 2 and 3),
-    whence beta = 1; a round lasts tau(T) + t0. beta = 0 would minimise variance per second, which leads to ever
-    later deadlines; with large batch noise beta is (||g||^2 + batch variance) / C N^2. J can have several local
-    minima: a grid of log-spaced T is searched, then the best cell is refined.
+    Rounds to a given loss grow with E||ghat||^2 <= C N^2 (1 + rho) (Song & Choi Lemma 2, Theorems 2 and 3), whence
+    beta = 1. rho is the error of the plan for p_k = 1 - r_k: a contribution of weight m_k / r_k and variance v_k that
+    is in a round with chance r_k varies by m_k^2 (1 - r_k + v_k) / r_k from round to round, and that is delta_k m_k^2.
+    What is stale by s rounds on average multiplies the noiseless part of the rounds by 1 + s (Stich & Karimireddy, JMLR
+    2020; Koloskova et al., NeurIPS 2022). J can have several local minima: a grid of log-spaced T is searched, then the
+    best cell is refined. Around the minimum J is flat, and steep beyond: of the deadlines next to it that cost at most
+    `slack` more the middle one is taken, where errors of the estimated delays do least harm.
+
+    A deadline at which a worker is not heard, because more than half of its payloads come more than max_staleness
+    rounds late, is taken only if the bounds leave no other: the job would ignore the worker in silence, as it does with
+    a deadline far below a slow link's transfer time.
 
     Args:
-        delays: of K workers.
-        residual: p [K] -> rho, e.g. `lambda p: make_plan(p, bit_budget=40).residual_bound`, so that bits are
-            allotted anew at every T; or fixed variances v, scalar or [K]:
-            rho = 1 / sum_k (1 - p_k) / (p_k + v_k).
-        beta: >= 0; more: shorter deadlines.
+        rounds: `JobRounds(delays)` of a running job; `IndependentRounds(delays)` are Song & Choi's.
+        plan: p [K] -> plan: `make_plan`, or `lambda p: make_plan(p, bit_budget=40)`, so that bits and shares are chosen
+            anew at every T.
+        beta: >= 0; more: shorter deadlines. With large batch noise it is (||g||^2 + batch variance) / C N^2; 0 would
+            minimise variance per second, which leads to ever later deadlines.
+        staleness_weight: w >= 0; more: later deadlines. 1 suits Adam, 2 SGD with a momentum of .9.
         overhead_s: t0, seconds per round that do not depend on the deadline.
-        search_s: least and largest deadline; default: from the first arrival to where all are in.
-        closes_early: tau = E min(T, max_k T_k) instead of T.
+        search_s: least and largest deadline; default: `rounds.search_s`.
+        must_hear: [K] bool, workers that have to be heard; default: all that ever come.
+        slack: how much more than the least the deadline may cost, as a fraction; 0: the exact minimum.
         grid: number of deadlines tried first.
     Raises:
-        PlanError: no deadline in the range at which anybody arrives; a bad range.
+        PlanError: no deadline in the range at which anybody arrives; a bad range; whatever `plan` raises.
     """
     from scipy.optimize import minimize_scalar
 
-    low, high = search_s if search_s is not None else _search_range(delays)
+    low, high = rounds.search_s if search_s is None else search_s
     if not 0.0 < low < high < np.inf:
         raise PlanError(f"search_s: expected 0 < least < largest deadline in seconds, got {low} and {high}")
-    rho = residual if callable(residual) else _fixed_variance(residual)
-
-    def evaluate(deadline_s: float) -> DeadlineChoice:
-        return _evaluate(delays, rho, deadline_s, beta, overhead_s, closes_early)
-
+    objective = _Objective(rounds, plan, beta, staleness_weight, overhead_s, must_hear)
     times = np.geomspace(low, high, grid)
-    values = [evaluate(float(t)).objective for t in times]
-    best = int(np.argmin(values))
-    if not np.isfinite(values[best]):
+    tried = [objective(float(t)) for t in times]
+    best = min(range(grid), key=lambda i: _rank(tried[i]))
+    if not np.isfinite(tried[best].objective):
         raise PlanError(f"search_s: expected a deadline at which somebody arrives, got {low} .. {high} s; extend it")
     bracket = (float(times[max(best - 1, 0)]), float(times[min(best + 1, grid - 1)]))
     refined = minimize_scalar(
-        lambda t: evaluate(float(t)).objective, bounds=bracket, method="bounded", options={"xatol": 1e-10}
+        lambda t: objective(float(t)).objective, bounds=bracket, method="bounded", options={"xatol": 1e-10}
     )
-    candidates = [evaluate(float(times[best])), evaluate(float(refined.x))]
-    return min(candidates, key=lambda choice: choice.objective)
+    least = min(tried[best], objective(float(refined.x)), key=_rank)
+    return _middle(tried, best, least, slack, objective) if slack else least
 
 
-def _evaluate(
-    delays: DelayModel,
-    rho: Callable[[Floats], float],
-    deadline_s: float,
-    beta: float,
-    overhead_s: float,
-    closes_early: bool,
+def _middle(
+    tried: list[DeadlineChoice],
+    best: int,
+    least: DeadlineChoice,
+    slack: float,
+    objective: Callable[[float], DeadlineChoice],
 ) -> DeadlineChoice:
-    p = np.atleast_1d(delays.straggle_probability(deadline_s))
-    error = rho(p) if np.any(p < 1.0) else np.inf
-    tau = expected_round_time(delays, deadline_s) if closes_early else deadline_s
-    return DeadlineChoice(
-        deadline_s=deadline_s,
-        objective=(tau + overhead_s) * (beta + error),
-        residual=error,
-        round_time_s=tau + overhead_s,
-        straggle_probs=p,
-    )
+    """Return the middle, on a log scale, of the deadlines around the best one that cost hardly more.
+
+    It is at most twice the shortest of them, because a worker that hangs holds a round up for that long.
+    """
+
+    def good(choice: DeadlineChoice) -> bool:
+        return len(choice.unheard) == len(least.unheard) and choice.objective <= least.objective * (1.0 + slack)
+
+    first = last = best
+    while first > 0 and good(tried[first - 1]):
+        first -= 1
+    while last + 1 < len(tried) and good(tried[last + 1]):
+        last += 1
+    shortest, longest = tried[first].deadline_s, tried[last].deadline_s
+    middle = objective(min(float(np.sqrt(shortest * longest)), 2.0 * shortest))
+    return middle if good(middle) else least
 
 
-def _fixed_variance(variance: ArrayLike) -> Callable[[Floats], float]:
-    def rho(p: Floats) -> float:
-        utility = 1.0 / error_factors(p, per_worker(variance, len(p), "residual"))
-        return 1.0 / float(utility.sum())
-
-    return rho
+def _rank(choice: DeadlineChoice) -> tuple[int, float]:
+    return len(choice.unheard), choice.objective
 
 
-def _search_range(delays: DelayModel) -> tuple[float, float]:
-    """Return from the first kink to where every worker misses less than 1 % of rounds, if it ever does."""
-    kinks = delays.breakpoints()
-    low = float(kinks[kinks > 0].min(initial=np.inf))
-    high = 2.0 * float(kinks.max(initial=1e-9))
-    while np.any(delays.late_fraction(high) >= 0.01) and np.any(
-        delays.late_fraction(2.0 * high) < delays.late_fraction(high)
-    ):
-        high *= 2.0
-    return (low if low < high else high * 1e-4), high
+class _Objective:
+    """J(T), and everything that it is made of."""
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        plan: Callable[[Floats], Plan],
+        beta: float,
+        staleness_weight: float,
+        overhead_s: float,
+        must_hear: ArrayLike | None,
+    ) -> None:
+        self._rounds, self._plan = rounds, plan
+        self._beta, self._staleness_weight, self._overhead_s = beta, staleness_weight, overhead_s
+        ever = rounds.cadence(rounds.search_s[1]).counted >= max(rounds.least_counted, 1e-9)
+        self._must_hear: Mask = ever if must_hear is None else ever & np.asarray(must_hear, dtype=bool)
+        waiting = rounds.waiting()
+        self._waiting = self._cost(waiting)[0] if np.isfinite(waiting.round_s) else np.inf
+
+    def __call__(self, deadline_s: float) -> DeadlineChoice:
+        cadence = self._rounds.cadence(deadline_s)
+        cost, residual = self._cost(cadence)
+        return DeadlineChoice(
+            deadline_s=deadline_s,
+            objective=cost,
+            waiting_objective=self._waiting,
+            residual=residual,
+            round_time_s=cadence.round_s + self._overhead_s,
+            straggle_probs=1.0 - cadence.rates,
+            staleness=cadence.staleness,
+            unheard=tuple(np.flatnonzero(self._must_hear & (cadence.counted < self._rounds.least_counted)).tolist()),
+        )
+
+    def _cost(self, cadence: Cadence) -> tuple[float, float]:
+        """Return J, and the plan's residual."""
+        if not cadence.rates.any():
+            return np.inf, np.inf
+        plan = self._plan(np.clip(1.0 - cadence.rates, 0.0, 1.0))
+        stale = float(plan.shares @ cadence.staleness)
+        noiseless = self._beta * (1.0 + self._staleness_weight * stale)
+        return (cadence.round_s + self._overhead_s) * (noiseless + plan.residual_bound), plan.residual_bound
