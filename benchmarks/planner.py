@@ -27,6 +27,7 @@ from rich.table import Table
 from torch_qgc.cli.pictures import budget_picture, figure, save, shares_picture
 from torch_qgc.planner import PlanOptions, allocate_bits, make_plan, optimal_shares, quantization_variance
 from torch_qgc.planner.bits import Method
+from torch_qgc.planner.cadence import JobRounds
 from torch_qgc.planner.deadline import choose_deadline
 from torch_qgc.planner.delays import ShiftedExponential
 
@@ -143,13 +144,13 @@ def pictures(folder: Path) -> None:
     """Draw the pictures of docs/planner.md: bits, shares, decoders and deadline of the page's own examples."""
     folder.mkdir(exist_ok=True)
     late = [0.05, 0.08, 0.12, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]
-    options = PlanOptions(norm="l2", variance="paper")
+    options = PlanOptions(norm="l2", variance="paper", noise_ratio=0.0)
     picture, (left, right) = figure(2)
     shares_picture(left, make_plan(late, options=options))
     budget_picture(right, late, options, 10)
     save(picture, folder / "planner_bits.png")
 
-    picture, axes = figure(1)
+    picture, (axes,) = figure(1)
     for eta in (0.0, 0.3, 1.0, 10.0):
         axes.plot(late, make_plan(late, noise_ratio=eta).shares, "o-", ms=3, label=f"eta = {eta:g}")
     axes.set(xlabel="chance to be late", ylabel="share of the data", yscale="log")
@@ -158,23 +159,27 @@ def pictures(folder: Path) -> None:
 
     from torch_qgc import schemes
 
-    picture, axes = figure(1)
+    picture, (axes,) = figure(1)
     alike = np.linspace(0.0, 1.0, 11)
     for decoder in ("unbiased", "hajek", "ridge", "uncorrected"):
-        plan = make_plan(late, decoder=decoder)
+        plan = make_plan(late, decoder=decoder, noise_ratio=0.0)
         grams = [(1 - rho) * np.eye(10) + rho for rho in alike]
         axes.semilogy(alike, [schemes.residual(plan, gram) for gram in grams], "o-", ms=3, label=decoder)
     axes.set(xlabel="correlation of partitions' gradients", ylabel="error of a round")
     axes.legend()
     save(picture, folder / "planner_decoders.png")
 
-    picture, axes = figure(1)
-    delays = ShiftedExponential(mu=np.array([4.0, 2.0, 1.0, 0.5]), shift=1.0)
-    times = np.geomspace(1.02, 6.0, 200)
-    cost = [(t + 0.1) * (1 + make_plan(delays.straggle_probability(t)).residual_bound) for t in times]
-    choice = choose_deadline(delays, lambda p: make_plan(p).residual_bound, overhead_s=0.1)
+    picture, (axes,) = figure(1)
+    job = JobRounds(ShiftedExponential(mu=np.array([4.0, 2.0, 1.0, 0.5]), shift=1.0))
+    cost = []
+    for t in (times := np.geomspace(*job.search_s, 200)):
+        cadence = job.cadence(t)
+        plan = make_plan(1 - cadence.rates)
+        cost.append((cadence.round_s + 0.1) * (1 + plan.shares @ cadence.staleness + plan.residual_bound))
+    choice = choose_deadline(job, make_plan, overhead_s=0.1)
     axes.plot(times, cost)
     axes.plot(choice.deadline_s, choice.objective, "o", label=f"auto: {choice.deadline_s:.2f} s")
+    axes.axhline(choice.waiting_objective, ls=":", color="0.5", label="waiting for all")
     axes.set(xlabel="deadline in s", ylabel="time to a given loss, relative", ylim=(0, 8))
     axes.legend()
     save(picture, folder / "planner_deadline.png")

@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 from torch_qgc import cli, schemes
 from torch_qgc.cli.app import app
 from torch_qgc.planner import Plan, make_plan
+from torch_qgc.planner.cadence import JobRounds
+from torch_qgc.planner.delays import Empirical
 
 LATE = [0.05, 0.1, 0.3, 0.4]
 GIVEN = ["plan", "--straggle-probs", "0.05,0.1,0.3,0.4"]
@@ -65,6 +67,13 @@ def test_large_jobs_are_planned_without_the_other_schemes(tmp_path: Path, decode
     assert "and 2968 more workers" in shown
 
 
+def test_the_defaults_are_those_of_make_plan() -> None:
+    printed = json.loads(qgc(*GIVEN, "--json").stdout)
+    assert Plan.from_json(json.dumps(printed["plan"])) == make_plan(LATE)
+    bare = json.loads(qgc(*GIVEN, "--second-track", "none", "--noise-ratio", "0", "--json").stdout)
+    assert Plan.from_json(json.dumps(bare["plan"])) == make_plan(LATE, second_track=None, noise_ratio=0.0)
+
+
 def test_out_saves_a_plan_that_reads_back(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     result = qgc(*GIVEN, "--norm", "l2", "--allow-drop", "--noise-ratio", "0.5", "--out", str(out))
@@ -94,13 +103,14 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("heading", ["", "a,b,c\n"])
-def test_delays_and_a_deadline_give_the_share_of_late_rounds(tmp_path: Path, heading: str) -> None:
+def test_delays_and_a_deadline_give_the_rounds_that_a_job_misses(tmp_path: Path, heading: str) -> None:
     file = tmp_path / "delays.csv"
     file.write_text(heading + "1.0,1.2,0.5\n1.1,2.5,\n1.2,1.3,0.6\n")
     printed = json.loads(qgc("plan", "--delays", str(file), "--deadline-s", "2", "--json").stdout)
-    # Jeffreys' prior: (late + 1/2) / (rounds + 1)
-    assert printed["plan"]["straggle_probs"] == pytest.approx([0.125, 0.375, 0.375])
+    recorded = Empirical(delays_s=[[1.0, 1.2, 0.5], [1.1, 2.5, np.inf], [1.2, 1.3, 0.6]])
+    assert printed["plan"]["straggle_probs"] == pytest.approx((1 - JobRounds(recorded).cadence(2.0).rates).tolist())
     assert printed["deadline_s"] == 2.0
+    assert printed["speedup"] is None
 
 
 def test_auto_finds_the_deadline_before_the_stragglers(tmp_path: Path) -> None:
@@ -110,8 +120,10 @@ def test_auto_finds_the_deadline_before_the_stragglers(tmp_path: Path) -> None:
     file = tmp_path / "delays.csv"
     np.savetxt(file, delays, delimiter=",")
     printed = json.loads(qgc("plan", "--delays", str(file), "--json").stdout)
-    assert 1.0 < printed["deadline_s"] < 2.0
+    assert 1.1 < printed["deadline_s"] < 3.0
     assert printed["plan"]["straggle_probs"][3] > 0.2
+    assert printed["speedup"] > 2.0
+    assert "times as fast as waiting for all" in qgc("plan", "--delays", str(file)).stdout
 
 
 @pytest.mark.parametrize(

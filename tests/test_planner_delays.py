@@ -1,4 +1,4 @@
-"""Delay models against their own samples, fits against simulated truth, deadlines against brute force."""
+"""Delay models against their own samples, fits against simulated truth."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner import make_plan
-from torch_qgc.planner.deadline import choose_deadline, expected_round_time
 from torch_qgc.planner.delays import (
     DelayModel,
     Empirical,
@@ -42,14 +40,6 @@ def test_samples_are_late_as_often_as_the_model_says(model: DelayModel) -> None:
         p = model.straggle_probability(deadline)
         error = np.sqrt(np.maximum(p * (1 - p), 1e-9) / len(samples))
         assert np.all(np.abs((samples > deadline).mean(axis=0) - p) <= 4 * error)
-
-
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
-@pytest.mark.parametrize("deadline", [0.2, 1.5, 4.0])
-def test_round_time_is_the_mean_of_the_slowest_or_the_deadline(model: DelayModel, deadline: float) -> None:
-    samples = np.minimum(model.sample(np.random.default_rng(2), 60_000).max(axis=1), deadline)
-    error = max(samples.std() / np.sqrt(len(samples)), 1e-9)
-    assert abs(expected_round_time(model, deadline) - samples.mean()) < 4 * error
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
@@ -197,42 +187,6 @@ def test_the_posterior_forgets() -> None:
     np.testing.assert_allclose(posterior.rounds, 20.0, rtol=0.01)
 
 
-@pytest.mark.parametrize("closes_early", [False, True])
-def test_the_deadline_is_the_best_of_a_fine_grid_with_bits_allotted_anew(closes_early: bool) -> None:
-    model = ShiftedExponential(mu=np.array([0.5, 1.0, 3.0, 6.0]), shift=1.0)
-
-    def residual(p: np.ndarray) -> float:
-        return make_plan(p, bit_budget=14, max_bits=8).residual_bound
-
-    choice = choose_deadline(model, residual, overhead_s=0.3, search_s=(1.01, 8.0), closes_early=closes_early)
-    objectives = []
-    for t in np.linspace(1.01, 8.0, 400):
-        tau = expected_round_time(model, t) if closes_early else t
-        objectives.append((tau + 0.3) * (1 + residual(model.straggle_probability(t))))
-    assert choice.objective <= min(objectives) * (1 + 1e-9)
-    tau = expected_round_time(model, choice.deadline_s) if closes_early else choice.deadline_s
-    assert choice.round_time_s == pytest.approx(tau + 0.3)
-    assert choice.residual == residual(model.straggle_probability(choice.deadline_s))
-
-
-def test_the_deadline_search_finds_its_own_range() -> None:
-    model = ShiftedExponential(mu=np.array([1.0, 2.0]), shift=np.array([3.0, 5.0]))
-    narrow = choose_deadline(model, 0.05, search_s=(3.0001, 15.0))
-    found = choose_deadline(model, 0.05)
-    assert found.objective == pytest.approx(narrow.objective, rel=1e-6)
-    smooth = LogNormal(median=np.array([1.0, 2.0]), sigma=np.array([0.1, 0.6]))  # without a kink to begin at
-    brute = min(choose_deadline(smooth, 0.05, search_s=(low, 2 * low)).objective for low in (0.5, 1.0, 2.0, 4.0, 8.0))
-    assert choose_deadline(smooth, 0.05).objective == pytest.approx(brute, rel=1e-6)
-    never = Empirical(delays_s=np.array([[1.0, 1.0], [2.0, np.inf], [1.5, np.inf]]))
-    assert 1.0 <= choose_deadline(never, 0.05).deadline_s <= 4.0
-
-
-def test_a_larger_beta_shortens_the_deadline() -> None:
-    model = ShiftedExponential(mu=np.full(4, 1.0), shift=1.0)
-    deadlines = [choose_deadline(model, 0.05, beta=beta).deadline_s for beta in (0.2, 1.0, 5.0)]
-    assert deadlines[0] > deadlines[1] > deadlines[2]
-
-
 def test_bad_input_is_refused() -> None:
     with pytest.raises(PlanError, match="mu > 0"):
         ShiftedExponential(mu=[1.0, 0.0])
@@ -252,9 +206,3 @@ def test_bad_input_is_refused() -> None:
         fit_shifted_exponential([1.0, np.inf])
     with pytest.raises(PlanError, match="prior in"):
         StragglePosterior(0.0, 3)
-    with pytest.raises(PlanError, match="deadline_s"):
-        expected_round_time(MODELS[0], np.inf)
-    with pytest.raises(PlanError, match="extend it"):
-        choose_deadline(MODELS[0], 0.1, search_s=(0.1, 0.2))
-    with pytest.raises(PlanError, match="least < largest"):
-        choose_deadline(MODELS[0], 0.1, search_s=(2.0, 1.0))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from torch_qgc import planner
-from torch_qgc.planner import deadline, delays
+from torch_qgc.planner import cadence, deadline, delays, make_plan
 
 CASES: dict[str, Any] = {
     case["id"]: case for case in json.loads((Path(__file__).parent / "worked_cases.json").read_text())["cases"]
@@ -173,7 +173,13 @@ def test_deadline_minimises_time_to_accuracy(case: dict[str, Any]) -> None:
     given, expected, tol = case["inputs"], case["expected"], case["tol"]
     model = delays.ShiftedExponential(mu=np.array(given["mu"]), shift=np.array(given["shift"]))
     choice = deadline.choose_deadline(
-        model, given["q"], beta=given["beta"], overhead_s=given["t0"], search_s=tuple(given["T_range"])
+        cadence.IndependentRounds(model, closes_early=False),
+        lambda p: make_plan(p, bits_per_coordinate=32, noise_ratio=given["q"]),  # v = q
+        beta=given["beta"],
+        overhead_s=given["t0"],
+        search_s=tuple(given["T_range"]),
+        slack=0.0,
+        grid=240,
     )
     assert choice.objective == pytest.approx(expected["J"], rel=tol)
     assert choice.deadline_s == pytest.approx(expected["T"], rel=1e-4)

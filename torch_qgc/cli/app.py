@@ -12,7 +12,7 @@ import typer
 from torch_qgc.cli import doctor as machine
 from torch_qgc.cli import tables
 from torch_qgc.cli.comparison import Budget, compare
-from torch_qgc.cli.delays import straggle_probs_from
+from torch_qgc.cli.delays import lateness_from
 from torch_qgc.cli.reporting import reporting
 from torch_qgc.cli.simulate import simulate
 from torch_qgc.planner import PlanOptions, make_plan
@@ -70,10 +70,8 @@ def plan(
             "bit_budget": bit_budget,
             "num_partitions": num_partitions,
         }
-        late, deadline = straggle_probs_from(
-            straggle_probs, delays, deadline_s, lambda p: make_plan(p, options=options, **budget).residual_bound
-        )
-        made = make_plan(late, options=options, **budget)
+        late = lateness_from(straggle_probs, delays, deadline_s, lambda p: make_plan(p, options=options, **budget))
+        made = make_plan(late.straggle_probs, options=options, **budget)
         others = compare(made, budget, options)
         if out is not None:
             out.write_text(made.to_json())
@@ -83,9 +81,10 @@ def plan(
             plan_picture(made, plot, options)
     if as_json:
         residuals = {row.name: row.residual for row in others}
-        typer.echo(json.dumps({"plan": json.loads(made.to_json()), "deadline_s": deadline, "residuals": residuals}))
+        found = {"deadline_s": late.deadline_s, "speedup": late.speedup, "residuals": residuals}
+        typer.echo(json.dumps({"plan": json.loads(made.to_json()), **found}))
     else:
-        tables.print_plan(made, deadline)
+        tables.print_plan(made, late)
         if others:
             tables.print_comparison(others)
 

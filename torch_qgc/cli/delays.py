@@ -6,26 +6,41 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.planner import Plan
+from torch_qgc.planner.cadence import JobRounds
 from torch_qgc.planner.checks import Floats
 from torch_qgc.planner.deadline import choose_deadline
 from torch_qgc.planner.delays import Empirical
 
-__all__ = ["read_delays", "straggle_probs_at", "straggle_probs_from"]
+__all__ = ["Lateness", "lateness_at", "lateness_from", "read_delays"]
 
 
-def straggle_probs_from(
-    listed: str | None, delays: Path | None, deadline_s: str, residual: Callable[[Floats], float]
-) -> tuple[Floats, float | None]:
-    """Return the chance of every worker to be late, and the deadline that it is for, if one is known.
+class Lateness(NamedTuple):
+    """How late workers are.
+
+    Attributes:
+        straggle_probs: [K], chance of each worker to miss a round of a job.
+        deadline_s: the deadline that they are for, if one is known.
+        speedup: how many times sooner a loss is reached with it than by waiting for all, if it was chosen and all come.
+    """
+
+    straggle_probs: Floats
+    deadline_s: float | None = None
+    speedup: float | None = None
+
+
+def lateness_from(listed: str | None, delays: Path | None, deadline_s: str, plan: Callable[[Floats], Plan]) -> Lateness:
+    """Return how late workers are, from their straggle probabilities or from recorded delays.
 
     Args:
         listed: numbers with commas between them; or
         delays: a CSV, see `read_delays`, with
-        deadline_s, residual: as in `straggle_probs_at`.
+        deadline_s, plan: as in `lateness_at`.
     Raises:
         ConfigError: both or neither.
         PlanError: no numbers.
@@ -33,10 +48,10 @@ def straggle_probs_from(
     if (listed is None) == (delays is None):
         raise ConfigError("expected --straggle-probs or --delays, got both or neither: give one")
     if delays is not None:
-        return straggle_probs_at(read_delays(delays), deadline_s, residual)
+        return lateness_at(read_delays(delays), deadline_s, plan)
     assert listed is not None
     try:
-        return np.array([float(word) for word in listed.split(",")]), None
+        return Lateness(np.array([float(word) for word in listed.split(",")]))
     except ValueError:
         raise PlanError(f"straggle_probs: expected numbers with commas between, got {listed!r}: try 0.05,0.1") from None
 
@@ -70,25 +85,26 @@ def read_delays(path: Path) -> Floats:
     return np.array(rows, dtype=np.float64)
 
 
-def straggle_probs_at(delays_s: Floats, deadline_s: str, residual: Callable[[Floats], float]) -> tuple[Floats, float]:
-    """Return the chance of every worker to be late, and the deadline in seconds.
+def lateness_at(delays_s: Floats, deadline_s: str, plan: Callable[[Floats], Plan]) -> Lateness:
+    """Return how late workers are in a job that folds late payloads.
 
     Args:
         delays_s: [rounds, K].
         deadline_s: seconds, or "auto": the one that reaches a given loss soonest.
-        residual: of the plan for given probabilities.
+        plan: what is made of straggle probabilities.
     """
-    model = Empirical(delays_s=delays_s)
+    rounds = JobRounds(Empirical(delays_s=delays_s))
     if deadline_s == "auto":
-        choice = choose_deadline(model, residual, closes_early=True)
-        return choice.straggle_probs, choice.deadline_s
+        choice = choose_deadline(rounds, plan)
+        speedup = choice.speedup if math.isfinite(choice.speedup) else None
+        return Lateness(choice.straggle_probs, choice.deadline_s, speedup)
     try:
         deadline = float(deadline_s)
     except ValueError:
         deadline = math.nan
     if not deadline > 0:
         raise PlanError(f"deadline_s: expected seconds > 0 or 'auto', got {deadline_s!r}")
-    return np.atleast_1d(model.straggle_probability(deadline)), deadline
+    return Lateness(1.0 - rounds.cadence(deadline).rates, deadline)
 
 
 def _seconds(cell: str) -> float | None:

@@ -45,7 +45,7 @@ def figure(columns: int) -> tuple[Figure, list[Axes]]:
     except ImportError as error:
         raise ImportError("expected matplotlib for pictures, got none: pip install 'torch_qgc[bench]'") from error
     picture = Figure(figsize=(4.8 * columns, 3.4), layout="constrained")
-    return picture, list(picture.subplots(1, columns))
+    return picture, list(picture.subplots(1, columns, squeeze=False)[0])
 
 
 def save(picture: Figure, path: Path) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torch_qgc.cli.comparison import Row
+from torch_qgc.cli.delays import Lateness
 from torch_qgc.planner import Plan
 from torch_qgc.planner.shares import error_factors
 
@@ -17,10 +18,11 @@ __all__ = ["make_table", "print_comparison", "print_facts", "print_plan"]
 _ROWS_SHOWN = 32
 
 
-def print_plan(plan: Plan, deadline_s: float | None) -> None:
+def print_plan(plan: Plan, late: Lateness) -> None:
     """Print a row per worker, and what holds for all of them."""
     batch = ["batch"] if np.any(plan.batches != 1.0) else []
-    at = "" if deadline_s is None else f", deadline {deadline_s:.4g} s"
+    at = "" if late.deadline_s is None else f", deadline {late.deadline_s:.4g} s"
+    at += "" if late.speedup is None else f" ({late.speedup:.2f} times as fast as waiting for all)"
     table = make_table(
         f"{plan.num_workers} workers, {plan.spent_bits:g} bits per coordinate in all, load {plan.load:.3g}, "
         f"{plan.decoder}{at}",

@@ -26,11 +26,13 @@ class Cadence:
     Attributes:
         round_s: mean length of a round.
         rates: [K] contributions per round, r_k in [0, 1].
+        counted: [K] fraction of payloads that are not lost.
         staleness: [K] mean age of a contribution, in rounds.
     """
 
     round_s: float
     rates: Floats
+    counted: Floats
     staleness: Floats
 
 
@@ -39,8 +41,8 @@ class Rounds(Protocol):
 
     #: Least and largest deadline worth a try.
     search_s: tuple[float, float]
-    #: A worker that contributes less often than that is not heard.
-    least_rate: float
+    #: A worker of which a smaller fraction of payloads counts is not heard.
+    least_counted: float
 
     def cadence(self, deadline_s: float) -> Cadence:
         """Return how the job goes on with a deadline."""
@@ -57,7 +59,7 @@ class IndependentRounds:
         closes_early: a round ends when all are in; False: at the deadline in any case.
     """
 
-    least_rate = 0.0
+    least_counted = 0.0
 
     def __init__(self, delays: DelayModel, *, closes_early: bool = True) -> None:
         self._delays, self._closes_early = delays, closes_early
@@ -69,7 +71,7 @@ class IndependentRounds:
         """Return how the job goes on with a deadline."""
         late = np.atleast_1d(self._delays.straggle_probability(deadline_s))
         round_s = expected_round_time(self._delays, deadline_s) if self._closes_early else deadline_s
-        return Cadence(round_s=round_s, rates=1.0 - late, staleness=np.zeros_like(late))
+        return Cadence(round_s=round_s, rates=1.0 - late, counted=1.0 - late, staleness=np.zeros_like(late))
 
     def waiting(self) -> Cadence:
         """Return how it goes on if every round waits for all."""
@@ -106,7 +108,7 @@ class JobRounds:
                 f"expected late = 'fold' or 'drop' and max_staleness >= 0 rounds, got {late!r} and {max_staleness}"
             )
         self._delays, self._folds, self._max_staleness = delays, late == "fold", max_staleness
-        self.least_rate = 0.5 / (max_staleness + 1)
+        self.least_counted = 0.5 if self._folds else 0.05  # who drops late payloads has chosen to lose many
         longest_s = _all_in(delays)
         kinks = delays.breakpoints()
         kinks = kinks[(kinks > 0) & (kinks < longest_s)]
@@ -127,10 +129,11 @@ class JobRounds:
         late = np.atleast_1d(self._delays.straggle_probability(deadline_s))
         spent_late_s = deadline_s * late + self._areas[-1] - self._area(deadline_s)
         round_s, begun = self._settle(deadline_s, late, spent_late_s)
-        if not self._folds:
-            return Cadence(round_s=round_s, rates=begun * (1.0 - late), staleness=np.zeros_like(late))
-        counted = 1.0 - np.where(late > _SELDOM, self._too_old(deadline_s, late, round_s), late)
-        return Cadence(round_s=round_s, rates=begun * counted, staleness=spent_late_s / round_s)
+        lost, staleness = late, np.zeros_like(late)
+        if self._folds:
+            lost = np.where(late > _SELDOM, self._too_old(deadline_s, late, round_s), late)
+            staleness = spent_late_s / round_s
+        return Cadence(round_s=round_s, rates=begun * (1.0 - lost), counted=1.0 - lost, staleness=staleness)
 
     def waiting(self) -> Cadence:
         """Return how it goes on if every round waits for all."""
@@ -200,7 +203,8 @@ def _waiting(delays: DelayModel, longest_s: float) -> Cadence:
         longest_s *= 2.0
         late = np.atleast_1d(delays.late_fraction(longest_s))
     round_s = expected_round_time(delays, longest_s) if np.all(late < _NEVER) else np.inf
-    return Cadence(round_s=round_s, rates=np.ones_like(late), staleness=np.zeros_like(late))
+    everybody = np.ones_like(late)
+    return Cadence(round_s=round_s, rates=everybody, counted=everybody, staleness=np.zeros_like(late))
 
 
 def _all_in(delays: DelayModel) -> float:

@@ -28,8 +28,8 @@ class DeadlineChoice:
         round_time_s: mean length of a round, with overhead.
         straggle_probs: [K], what `make_plan` is to be told: one minus the contributions per round.
         staleness: [K], mean age of a contribution, in rounds.
-        unheard: workers that contribute too rarely. There are some only if bounds on the deadline leave nothing better:
-            raise the upper one, or `max_staleness`.
+        unheard: workers whose payloads are mostly lost. There are some only if bounds on the deadline leave nothing
+            better: raise the upper one, or `max_staleness`.
     """
 
     deadline_s: float
@@ -71,9 +71,9 @@ def choose_deadline(
     best cell is refined. Around the minimum J is flat, and steep beyond: of the deadlines next to it that cost at most
     `slack` more the middle one is taken, where errors of the estimated delays do least harm.
 
-    A deadline at which a worker is not heard, that is, contributes less than once in 2 (max_staleness + 1) rounds of a
-    job, is taken only if the bounds leave no other: the job would ignore the worker in silence, as it does with a
-    deadline below a slow link's transfer time.
+    A deadline at which a worker is not heard, because more than half of its payloads come more than max_staleness
+    rounds late, is taken only if the bounds leave no other: the job would ignore the worker in silence, as it does with
+    a deadline far below a slow link's transfer time.
 
     Args:
         rounds: `JobRounds(delays)` of a running job; `IndependentRounds(delays)` are Song & Choi's.
@@ -152,7 +152,7 @@ class _Objective:
     ) -> None:
         self._rounds, self._plan = rounds, plan
         self._beta, self._staleness_weight, self._overhead_s = beta, staleness_weight, overhead_s
-        ever = rounds.cadence(rounds.search_s[1]).rates >= max(rounds.least_rate, 1e-9)
+        ever = rounds.cadence(rounds.search_s[1]).counted >= max(rounds.least_counted, 1e-9)
         self._must_hear: Mask = ever if must_hear is None else ever & np.asarray(must_hear, dtype=bool)
         waiting = rounds.waiting()
         self._waiting = self._cost(waiting)[0] if np.isfinite(waiting.round_s) else np.inf
@@ -168,7 +168,7 @@ class _Objective:
             round_time_s=cadence.round_s + self._overhead_s,
             straggle_probs=1.0 - cadence.rates,
             staleness=cadence.staleness,
-            unheard=tuple(np.flatnonzero(self._must_hear & (cadence.rates < self._rounds.least_rate)).tolist()),
+            unheard=tuple(np.flatnonzero(self._must_hear & (cadence.counted < self._rounds.least_counted)).tolist()),
         )
 
     def _cost(self, cadence: Cadence) -> tuple[float, float]:
