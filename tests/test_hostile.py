@@ -361,7 +361,7 @@ def count(seen: Counter[str], frames: list[bytes]) -> None:
 
 
 @given(plan=plans())
-@example(plan=b'{"format":2}')
+@example(plan=b'{"format":3}')
 @example(plan=b"[" * 100_000)
 @example(plan=PLAN.to_json().replace('"unbiased"', '"\\ud800"').encode())  # a text that UTF-8 cannot say
 @settings(max_examples=100, deadline=None)

@@ -44,7 +44,7 @@ def plan(
     noise_ratio: Annotated[float, typer.Option(help="batch noise over signal, eta; 0: full gradients")] = 0.0,
     allow_drop: Annotated[bool, typer.Option(help="let a worker send nothing if that is better")] = False,
     max_share: Annotated[float | None, typer.Option(help="most of the data that a worker answers for")] = None,
-    decoder: Annotated[str, typer.Option(help="unbiased, hajek, ridge or uncorrected")] = "unbiased",
+    decoder: Annotated[str, typer.Option(help="unbiased, annealed, hajek, ridge or uncorrected")] = "unbiased",
     second_track: Annotated[str | None, typer.Option(help="of Adam: ridge, hajek or lmmse")] = None,
     out: Annotated[Path | None, typer.Option(help="save the plan as JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="save a picture: .png, .pdf or .svg; needs matplotlib")] = None,

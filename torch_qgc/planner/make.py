@@ -67,6 +67,7 @@ class PlanOptions:
     placement: ArrayLike | None = None
     partition_sizes: ArrayLike | None = None
     decoder: str = "unbiased"
+    burst: float = 1.0
     second_track: str | None = None
     second_track_alpha: float = 1.0
     gradient_correlation: float = 0.5
@@ -140,6 +141,7 @@ def make_plan(
         partition_sizes=None if o.partition_sizes is None else np.asarray(o.partition_sizes, dtype=np.float64),
         norm=o.norm,
         decoder=o.decoder,
+        burst=o.burst,
         second_track=o.second_track,
         second_track_alpha=o.second_track_alpha,
         gradient_correlation=o.gradient_correlation,

@@ -19,7 +19,7 @@ __all__ = ["from_json", "to_json"]
 
 Built = TypeVar("Built", bound=PlanFields)
 
-_FORMAT = 2
+_FORMAT = 3
 _MOST_COLUMNS = 1 << 24  # far more than any job has: a plan from the network must not make us allocate without bound
 
 
