@@ -66,7 +66,7 @@ def test_joint_design_beats_every_other_allocation(seed: int) -> None:
             "noise_ratio": st.floats(0, 10),
             "gamma": st.sampled_from([0.0, 0.1, 3.0]),
             "allow_drop": st.booleans(),
-            "decoder": st.sampled_from(["unbiased", "hajek", "ridge", "uncorrected"]),
+            "decoder": st.sampled_from(["unbiased", "annealed", "hajek", "ridge", "uncorrected"]),
             "second_track": st.sampled_from([None, "ridge", "hajek", "lmmse"]),
         },
     ),
@@ -312,7 +312,7 @@ def test_lmmse_weights_minimise_the_error_given_the_arrivals(correlation: float)
 
 def test_nobody_arriving_decodes_to_zero_with_every_rule() -> None:
     nobody = np.zeros(3, dtype=bool)
-    for decoder in ("unbiased", "hajek", "ridge", "uncorrected"):
+    for decoder in ("unbiased", "annealed", "hajek", "ridge", "uncorrected"):
         assert not make_plan([0.1, 0.2, 0.3], decoder=decoder).coefficients(nobody).any()
     for second in ("ridge", "hajek", "lmmse"):
         coefficients = make_plan([0.1, 0.2, 0.3], second_track=second).second_coefficients(nobody)

@@ -18,7 +18,7 @@ from torch_qgc.kernels import format as codec
 from torch_qgc.planner import Plan, make_plan, variance
 
 LATE = [0.05, 0.1, 0.15, 0.2, 0.3, 0.5]
-FIRST, SECOND = ["unbiased", "hajek", "ridge"], ["hajek", "ridge"]
+FIRST, SECOND = ["unbiased", "annealed", "hajek", "ridge"], ["hajek", "ridge"]
 
 
 def seeds() -> st.SearchStrategy[np.random.Generator]:
@@ -52,6 +52,7 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, dict[str, Any]]:
         "partition_sizes": st.sampled_from([None, rng.uniform(0.1, 5, n)]),
         "decoder": st.sampled_from([*FIRST, "uncorrected"]),
         "second_track": st.sampled_from([None, "auto", *SECOND, "lmmse"]),
+        "burst": st.floats(1, 10),
         "second_track_alpha": st.sampled_from([1e-300, 0.1, 1.0, 1e300]),
         "gradient_correlation": st.floats(0, 1),
     }
@@ -87,18 +88,27 @@ def test_every_plan_option_is_trainable_or_refused(request: tuple[np.ndarray, di
 
 
 @settings(max_examples=200)
-@given(seeds(), st.integers(1, 9), st.sampled_from(FIRST), st.sampled_from(SECOND), st.floats(0.01, 100), st.booleans())
+@given(
+    seeds(),
+    st.integers(1, 9),
+    st.sampled_from(FIRST),
+    st.sampled_from(SECOND),
+    st.floats(0.01, 100),
+    st.booleans(),
+    st.floats(1e-6, 1),
+)
 def test_the_second_track_is_the_first_times_one_number(
-    rng: np.random.Generator, k: int, first: str, second: str, alpha: float, measured: bool
+    rng: np.random.Generator, k: int, first: str, second: str, alpha: float, measured: bool, temperature: float
 ) -> None:
     late = rng.uniform(0, 0.9, k)
     plan = make_plan(late, decoder=first, second_track=second, second_track_alpha=alpha)
     counts = rng.integers(0, 3, k)
     rates = rng.uniform(0.05, 2.0, k) * (rng.random(k) < 0.9) if measured else None
-    coefficients = plan.second_coefficients(counts, rates=rates)
+    told: dict[str, Any] = {"rates": rates, "temperature": temperature}
+    coefficients = plan.second_coefficients(counts, **told)
     assert coefficients is not None
-    scale = plan.second_scale(counts, rates=rates)
-    np.testing.assert_allclose(coefficients, scale * plan.coefficients(counts, rates=rates), rtol=1e-12, atol=0.0)
+    scale = plan.second_scale(counts, **told)
+    np.testing.assert_allclose(coefficients, scale * plan.coefficients(counts, **told), rtol=1e-12, atol=0.0)
 
 
 def test_the_number_is_one_without_a_second_track_or_without_arrivals() -> None:

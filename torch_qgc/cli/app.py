@@ -48,7 +48,7 @@ def plan(
     ] = DEFAULT_NOISE_RATIO,
     allow_drop: Annotated[bool, typer.Option(help="let a worker send nothing if that is better")] = False,
     max_share: Annotated[float | None, typer.Option(help="most of the data that a worker answers for")] = None,
-    decoder: Annotated[str, typer.Option(help="unbiased, hajek, ridge or uncorrected")] = "unbiased",
+    decoder: Annotated[str, typer.Option(help="unbiased, annealed, hajek, ridge or uncorrected")] = "unbiased",
     second_track: Annotated[str, typer.Option(help="of Adam: hajek, ridge, lmmse or none")] = "auto",
     out: Annotated[Path | None, typer.Option(help="save the plan as JSON")] = None,
     plot: Annotated[Path | None, typer.Option(help="save a picture: .png, .pdf or .svg; needs matplotlib")] = None,

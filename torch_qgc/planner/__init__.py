@@ -8,7 +8,7 @@ from torch_qgc.planner.make import make_plan
 from torch_qgc.planner.options import PlanOptions
 from torch_qgc.planner.placement import placed_weights
 from torch_qgc.planner.plan import Plan
-from torch_qgc.planner.rules import second_moment_decoder
+from torch_qgc.planner.second_moment import second_moment_decoder
 from torch_qgc.planner.shares import load, optimal_shares, segment_weights, split_components
 from torch_qgc.planner.variance import quantization_variance
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
-from torch_qgc.planner.checks import Floats, Rule
+from torch_qgc.planner.checks import Floats, Received, Rule
 from torch_qgc.planner.fields import PlanFields
 from torch_qgc.planner.shares import dense_rows
 
@@ -41,15 +41,15 @@ def _homogeneous(plan: PlanFields) -> Rule:
     """c_k = m_k / (1 - mean p): all workers are taken for equally reliable."""
     rate = 1.0 - float(plan.straggle_probs.mean())
     scaled = plan.shares / rate if rate > 0 else np.zeros_like(plan.shares)
-    return lambda arrived, corrected: scaled * (arrived > 0)
+    return lambda received: scaled * (received.arrived > 0)
 
 
 def _arrival_count(plan: PlanFields) -> Rule:
     """c_k = m_k K / |S|, S the arrivals: they are scaled up to K workers."""
     scaled = plan.shares * plan.num_workers
 
-    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
-        return scaled * (arrived > 0) / max(float(np.sum(arrived)), 1.0)
+    def rule(received: Received) -> Floats:
+        return scaled * (received.arrived > 0) / max(float(np.sum(received.arrived)), 1.0)
 
     return rule
 
@@ -71,14 +71,15 @@ def _first_of_groups(plan: PlanFields, name: str, *, all_or_nothing: bool) -> Ru
     mass = np.bincount(group, weights=plan.shares)
     least_noise_first = np.argsort(plan.variance, kind="stable")
 
-    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
-        present = least_noise_first[np.asarray(arrived)[least_noise_first] > 0]
+    def rule(received: Received) -> Floats:
+        arrived = received.arrived
+        present = least_noise_first[arrived[least_noise_first] > 0]
         groups, first = np.unique(group[present], return_index=True)
         coefficients = np.zeros(len(group))
         if all_or_nothing and len(groups) < len(mass):
             return coefficients
         chosen = present[first]
-        coefficients[chosen] = mass[groups] / np.asarray(arrived)[chosen]
+        coefficients[chosen] = mass[groups] / arrived[chosen]
         return coefficients
 
     return rule
@@ -97,7 +98,7 @@ def _exact(plan: PlanFields) -> Rule:
 def _solver(plan: PlanFields, name: str, *, must_be_exact: bool) -> Rule:
     rows = dense_weights(plan, name)
     target = plan.partition_fractions
-    return lambda arrived, corrected: solve(rows, target, arrived, must_be_exact=must_be_exact)
+    return lambda received: solve(rows, target, received.arrived, must_be_exact=must_be_exact)
 
 
 def solve(rows: Floats, target: Floats, arrived: NDArray[Any], *, must_be_exact: bool) -> Floats:

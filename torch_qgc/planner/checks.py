@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from torch_qgc.errors import PlanError
 
-__all__ = ["Floats", "Ints", "Mask", "Rule", "batch_sizes", "per_worker", "probabilities"]
+__all__ = ["Floats", "Ints", "Mask", "Received", "Rule", "batch_sizes", "per_worker", "probabilities"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
 
-#: A decode rule: (arrived [K], corrected shares m_k / r_k [K]) -> [K] coefficient of each contribution of a worker.
-Rule: TypeAlias = Callable[[NDArray[Any], Floats], Floats]
+
+class Received(NamedTuple):
+    """What a decode rule is told of a round.
+
+    Attributes:
+        arrived: [K] bool, or int counts of payloads.
+        corrected: [K] corrected shares m_k / r_k, 0 where r_k = 0.
+        temperature: the learning rate over the highest one so far, in (0, 1].
+    """
+
+    arrived: NDArray[Any]
+    corrected: Floats
+    temperature: float
+
+
+#: A decode rule: what is known of a round -> [K] coefficient of each contribution of a worker.
+Rule: TypeAlias = Callable[[Received], Floats]
 
 
 def probabilities(values: ArrayLike, name: str = "straggle_probs") -> Floats:

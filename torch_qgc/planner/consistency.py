@@ -46,6 +46,11 @@ def _check_names(plan: PlanFields) -> None:
         )
     if plan.norm not in ("max", "l2"):
         raise PlanError(f"norm: expected 'max' or 'l2', got {plan.norm!r}")
+    if not 1.0 <= plan.burst < math.inf:
+        raise PlanError(
+            f"burst: expected a finite number >= 1, got {plan.burst}: below 1 even workers that are in every round "
+            "would count too little; without a bound take decoder 'unbiased'"
+        )
     if not 0.0 < plan.second_track_alpha < math.inf:
         raise PlanError(f"second_track_alpha: expected a finite weight > 0, got {plan.second_track_alpha}")
     if not 0.0 <= plan.gradient_correlation <= 1.0:

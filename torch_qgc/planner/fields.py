@@ -35,6 +35,7 @@ class PlanFields:
     bit_budget: int | None = None
     norm: Norm = "max"
     decoder: str = "unbiased"
+    burst: float = 1.0
     second_track: str | None = None
     second_track_alpha: float = 1.0
     gradient_correlation: float = 0.5

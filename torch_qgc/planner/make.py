@@ -87,6 +87,7 @@ def make_plan(
         partition_sizes=None if o.partition_sizes is None else np.asarray(o.partition_sizes, dtype=np.float64),
         norm=o.norm,
         decoder=o.decoder,
+        burst=o.burst,
         second_track=o.chosen_second_track(),
         second_track_alpha=o.second_track_alpha,
         gradient_correlation=o.gradient_correlation,

@@ -68,6 +68,7 @@ class PlanOptions:
     placement: ArrayLike | None = None
     partition_sizes: ArrayLike | None = None
     decoder: str = "unbiased"
+    burst: float = 1.0
     second_track: str | None = "auto"
     second_track_alpha: float = 1.0
     gradient_correlation: float = 0.5

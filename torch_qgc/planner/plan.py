@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import consistency, rules, serial, trainable
-from torch_qgc.planner.checks import Floats, Rule
+from torch_qgc.planner.checks import Floats, Received, Rule
 from torch_qgc.planner.fields import PlanFields
 from torch_qgc.planner.shares import dense_rows, load
 
@@ -47,9 +47,11 @@ class Plan(PlanFields):
         partition_sizes: [N] > 0 in any unit; None: equal.
         bit_budget: bits per coordinate over all workers that `bits` must keep to, or None.
         norm: "max" or "l2", what the scale is that 512 coordinates share.
-        decoder: "unbiased", "hajek", "ridge" or "uncorrected": see docs/planner.md; or a rule of the codes in
-            torch_qgc.schemes. These may come with weights of any sign and balance, for which rows of |weights|
+        decoder: "unbiased", "annealed", "hajek", "ridge" or "uncorrected": see docs/planner.md; or a rule of the codes
+            in torch_qgc.schemes. These may come with weights of any sign and balance, for which rows of |weights|
             sum to N m_k and h_k = sum_n weights[k, n] gbar_n / (N m_k).
+        burst: of "annealed", how many payloads of full weight m_k at the peak of the learning rate one payload may move
+            the parameters as far as, >= 1; more: less bias; less: steadier steps.
         second_track: None, "ridge", "hajek" or "lmmse": how the gradient is decoded that Adam squares.
         second_track_alpha: weight of squared bias against variance in "ridge"; more: closer to unbiased.
         gradient_correlation: in [0, 1], what "lmmse" assumes between the gradients of two partitions.
@@ -64,36 +66,44 @@ class Plan(PlanFields):
         _ = self._first, self._second
 
     # -------------------------------------------------------------------------------------- decoding
-    def coefficients(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> Floats:
+    def coefficients(
+        self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None, temperature: float = 1.0
+    ) -> Floats:
         """Return the coefficient of each contribution of every worker in a round.
 
         Args:
             arrived: [K] bool, or int counts: a late payload may be folded into a later round, so that a
                 worker contributes twice.
             rates: [K] expected contributions per round r_k; None: 1 - p_k.
+            temperature: the learning rate of the step over the highest one so far, in (0, 1]. "annealed" alone heeds
+                it; lower: closer to "unbiased".
         Returns:
             [K] float64, 0 where nothing arrived, nothing is expected (r_k = 0) or the share is 0.
         Raises:
-            PlanError: wrong shape.
+            PlanError: wrong shape, or a temperature out of range.
         """
-        return self._first(*self._round(arrived, rates))
+        return self._first(self._received(arrived, rates, temperature))
 
-    def second_coefficients(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> Floats | None:
+    def second_coefficients(
+        self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None, temperature: float = 1.0
+    ) -> Floats | None:
         """Return the second track's coefficients, as `coefficients` does; None without a second track."""
-        return None if self._second is None else self._second(*self._round(arrived, rates))
+        return None if self._second is None else self._second(self._received(arrived, rates, temperature))
 
-    def second_scale(self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None) -> float:
+    def second_scale(
+        self, arrived: NDArray[Any], *, rates: NDArray[Any] | None = None, temperature: float = 1.0
+    ) -> float:
         """Return the number by which `coefficients` of a round are multiplied to give `second_coefficients`.
 
         It is 1 without a second track, and if nothing arrived that has a coefficient.
 
         Args:
-            arrived, rates: as in `coefficients`.
+            arrived, rates, temperature: as in `coefficients`.
         Raises:
-            PlanError: wrong shape, or tracks that are no multiples of each other: "lmmse", or a second track beside
-                another decoder than "unbiased", "hajek" or "ridge".
+            PlanError: wrong shape, a temperature out of range, or tracks that are no multiples of each other: "lmmse",
+                or a second track beside "uncorrected" or a rule of the codes in torch_qgc.schemes.
         """
-        return self._second_scale(*self._round(arrived, rates))
+        return self._second_scale(self._received(arrived, rates, temperature))
 
     def check_trainable(self) -> None:
         """Check that a job can train with this plan.
@@ -105,17 +115,21 @@ class Plan(PlanFields):
         """
         trainable.check(self)
 
-    def _round(self, arrived: NDArray[Any], rates: NDArray[Any] | None) -> tuple[NDArray[Any], Floats]:
-        """Return who arrived, and the shares m_k / r_k: what rules are told of a round."""
+    def _received(self, arrived: NDArray[Any], rates: NDArray[Any] | None, temperature: float) -> Received:
+        """Return what rules are told of a round."""
         arrived = np.asarray(arrived)
         if arrived.shape != self.shares.shape:
             raise PlanError(f"arrived: expected shape [{self.num_workers}], got {arrived.shape}")
+        if not 0.0 < temperature <= 1.0:
+            raise PlanError(
+                f"temperature: expected the learning rate over the highest one so far, in (0, 1], got {temperature}"
+            )
         if rates is None:
-            return arrived, self._corrected
+            return Received(arrived, self._corrected, temperature)
         rates = np.asarray(rates)
         if rates.shape != self.shares.shape:
             raise PlanError(f"rates: expected shape [{self.num_workers}], got {rates.shape}")
-        return arrived, rules.corrected_shares(self.shares, rates)
+        return Received(arrived, rules.corrected_shares(self.shares, rates), temperature)
 
     @cached_property
     def _first(self) -> Rule:
@@ -123,7 +137,7 @@ class Plan(PlanFields):
 
     @cached_property
     def _second(self) -> Rule | None:
-        return None if self.second_track is None else rules.RULES[self.second_track](self)
+        return rules.second_rule(self)
 
     @cached_property
     def _second_scale(self) -> rules.Scale:

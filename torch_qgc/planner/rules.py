@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.baseline_rules import BASELINE_RULES, dense_weights
-from torch_qgc.planner.checks import Floats, Rule, per_worker, probabilities
+from torch_qgc.planner.checks import Floats, Received, Rule
 from torch_qgc.planner.fields import PlanFields
 
 __all__ = [
@@ -22,14 +22,15 @@ __all__ = [
     "SECOND_TRACKS",
     "Scale",
     "corrected_shares",
-    "second_moment_decoder",
+    "second_rule",
     "second_scale",
 ]
 
-#: (arrived [K], corrected shares m_k / r_k [K]) -> what the shares of all arrivals are multiplied by.
-Scale: TypeAlias = Callable[[NDArray[Any], Floats], float]
-
-Gram = Literal["mixed", "aligned", "orthogonal"]
+#: A round -> by what its first track is multiplied to give the second.
+Scale: TypeAlias = Callable[[Received], float]
+#: The sum of a round's weights over all arrivals -> by what these weights are multiplied.
+Factor: TypeAlias = Callable[[float], float]
+_Makes: TypeAlias = Callable[[PlanFields], Rule]
 
 # Adam squares a gradient times this number in fp32: below it little would be left.
 _LEAST_SHRINK = 1e-12
@@ -41,23 +42,33 @@ def corrected_shares(shares: Floats, rates: NDArray[Any]) -> Floats:
     return corrected
 
 
-# ------------------------------------------------------- rules that multiply corrected shares by one number
-def _unbiased(plan: PlanFields) -> Scale:
-    """1, so that c_k = m_k / r_k: the decoded gradient is the true one on average."""
-    return lambda arrived, corrected: 1.0
+# -------------------------------------------------- weights of a worker's own, times one number for the round
+def _corrected(plan: PlanFields) -> Rule:
+    """m_k / r_k: the decoded gradient is the true one on average."""
+    return lambda received: received.corrected
 
 
-def _hajek(plan: PlanFields) -> Scale:
-    """1 / sum of m_k / r_k over all arrivals: weights always sum to one, at the price of a small bias."""
+def _annealed(plan: PlanFields) -> Rule:
+    """m_k min(1 / r_k, burst / theta), theta the temperature: the learning rate over the highest one so far.
 
-    def scale(arrived: NDArray[Any], corrected: Floats) -> float:
-        total = float(corrected @ arrived)
-        return 1.0 / total if total > 0.0 else 1.0
+    No payload moves the parameters further than `burst` of full weight would at the peak of the learning rate. What is
+    decoded has weight m_k min(1, burst r_k / theta) on average, so it is unbiased from theta <= burst r_k on.
+    """
+    most = plan.burst * plan.shares
+    return lambda received: np.minimum(received.corrected, most / received.temperature)
 
-    return scale
+
+def _one(plan: PlanFields) -> Factor:
+    """1: weights stay as they are."""
+    return lambda total: 1.0
 
 
-def _ridge(plan: PlanFields) -> Scale:
+def _hajek(plan: PlanFields) -> Factor:
+    """1 / the sum of weights over all arrivals: they always sum to one, at the price of a small bias."""
+    return lambda total: 1.0 / total if total > 0.0 else 1.0
+
+
+def _ridge(plan: PlanFields) -> Factor:
     """alpha / (alpha + R), R the residual of the unbiased decoder.
 
     The least alpha bias^2 + variance over all decoders when partitions' gradients are equal: Song & Choi eq.
@@ -70,20 +81,47 @@ def _ridge(plan: PlanFields) -> Scale:
             f"{plan.second_track_alpha:.3g}, which shrinks gradients to {shrink:.3g} of themselves; raise it, or take "
             "'hajek'"
         )
-    return lambda arrived, corrected: shrink
+    return lambda total: shrink
 
 
-def _scaled(scale_of: Callable[[PlanFields], Scale]) -> Callable[[PlanFields], Rule]:
-    """Return the rule c_k = scale m_k / r_k."""
+# Of a decoder: the weights of workers, and the number that multiplies them.
+_WEIGHTS: dict[str, _Makes] = {
+    "unbiased": _corrected,
+    "annealed": _annealed,
+    "hajek": _corrected,
+    "ridge": _corrected,
+}
+_FACTORS: dict[str, Callable[[PlanFields], Factor]] = {
+    "unbiased": _one,
+    "annealed": _one,
+    "hajek": _hajek,
+    "ridge": _ridge,
+}
+
+
+def _scaled(weights: _Makes, factor: Callable[[PlanFields], Factor]) -> _Makes:
+    """Return the rule that multiplies weights by a factor of their sum over the arrivals."""
 
     def make(plan: PlanFields) -> Rule:
-        scale = scale_of(plan)
-        return lambda arrived, corrected: corrected * (arrived > 0) * scale(arrived, corrected)
+        weigh, multiply = weights(plan), factor(plan)
+
+        def rule(received: Received) -> Floats:
+            each = weigh(received)
+            return each * (received.arrived > 0) * multiply(float(each @ received.arrived))
+
+        return rule
 
     return make
 
 
-_SCALES: dict[str, Callable[[PlanFields], Scale]] = {"unbiased": _unbiased, "hajek": _hajek, "ridge": _ridge}
+def second_rule(plan: PlanFields) -> Rule | None:
+    """Return the rule of the second track: 'hajek' and 'ridge' multiply the weights of the plan's decoder."""
+    if plan.second_track is None:
+        return None
+    if plan.second_track in _FACTORS:
+        weights = _WEIGHTS.get(plan.decoder, _corrected)
+        return _scaled(weights, _FACTORS[plan.second_track])(plan)
+    return RULES[plan.second_track](plan)
 
 
 def second_scale(plan: PlanFields) -> Scale:
@@ -92,20 +130,23 @@ def second_scale(plan: PlanFields) -> Scale:
     It is 1 without a second track, and if nothing arrived that counts.
 
     Raises:
-        PlanError: a rule that is not a multiple of the corrected shares.
+        PlanError: a rule that is not a multiple of its decoder's weights.
     """
     if plan.second_track is None:
-        return lambda arrived, corrected: 1.0
-    if plan.decoder not in _SCALES or plan.second_track not in _SCALES:
+        return lambda received: 1.0
+    if plan.decoder not in _FACTORS or plan.second_track not in _FACTORS:
+        first = ", ".join(map(repr, _FACTORS))
         raise PlanError(
-            f"second_track: expected None, or 'hajek' or 'ridge' beside decoder 'unbiased', 'hajek' or 'ridge', got "
+            f"second_track: expected None, or 'hajek' or 'ridge' beside a decoder out of {first}, got "
             f"{plan.second_track!r} beside {plan.decoder!r}: that is not the first track times one number, so it is "
             "for the planner and the simulator only"
         )
-    first, second = _SCALES[plan.decoder](plan), _SCALES[plan.second_track](plan)
+    weigh = _WEIGHTS[plan.decoder](plan)
+    first_factor, second_factor = _FACTORS[plan.decoder](plan), _FACTORS[plan.second_track](plan)
 
-    def scale(arrived: NDArray[Any], corrected: Floats) -> float:
-        return second(arrived, corrected) / first(arrived, corrected) if float(corrected @ arrived) > 0.0 else 1.0
+    def scale(received: Received) -> float:
+        total = float(weigh(received) @ received.arrived)
+        return second_factor(total) / first_factor(total) if total > 0.0 else 1.0
 
     return scale
 
@@ -114,7 +155,7 @@ def second_scale(plan: PlanFields) -> Scale:
 def _uncorrected(plan: PlanFields) -> Rule:
     """c_k = m_k: stragglers are ignored, and the decoded gradient lacks what they hold."""
     shares = plan.shares
-    return lambda arrived, corrected: shares * (arrived > 0)
+    return lambda received: shares * (received.arrived > 0)
 
 
 def _lmmse(plan: PlanFields) -> Rule:
@@ -135,11 +176,11 @@ def _lmmse(plan: PlanFields) -> Rule:
     noise = np.where(mass > 0, plan.variance, 0.0) * np.diag(gram) + 1e-12
     usable = (mass > 0) & np.isfinite(noise)
 
-    def rule(arrived: NDArray[Any], corrected: Floats) -> Floats:
+    def rule(received: Received) -> Floats:
         weights = np.zeros(len(mass))
-        present = np.flatnonzero((arrived > 0) & usable)
+        present = np.flatnonzero((received.arrived > 0) & usable)
         if present.size:
-            count = np.asarray(arrived)[present].astype(np.float64)
+            count = received.arrived[present].astype(np.float64)
             system = gram[np.ix_(present, present)]
             system[np.diag_indices_from(system)] += noise[present] / count
             weights[present] = np.linalg.solve(system, target[present]) / count
@@ -149,62 +190,17 @@ def _lmmse(plan: PlanFields) -> Rule:
 
 
 #: Every decode rule by name. A new rule is one more entry; a rule outside BALANCED may come with any weights.
-RULES: dict[str, Callable[[PlanFields], Rule]] = {
-    **{name: _scaled(scale_of) for name, scale_of in _SCALES.items()},
+RULES: dict[str, _Makes] = {
+    **{name: _scaled(_WEIGHTS[name], _FACTORS[name]) for name in _FACTORS},
     "uncorrected": _uncorrected,
     "lmmse": _lmmse,
     **BASELINE_RULES,
 }
-DECODERS = ("unbiased", "hajek", "ridge", "uncorrected")
+DECODERS = ("unbiased", "annealed", "hajek", "ridge", "uncorrected")
 SECOND_TRACKS = ("ridge", "hajek", "lmmse")
 #: Rules that multiply corrected shares by one number: any two of them are multiples of each other.
 SCALING = frozenset(_SCALES)
 #: Rules whose coefficients do not depend on who else has arrived.
-FIXED = frozenset({"unbiased", "ridge", "uncorrected", "homogeneous"})
+FIXED = frozenset({"unbiased", "annealed", "ridge", "uncorrected", "homogeneous"})
 #: Rules that rest on rows N m_k and columns N s_n of the weights.
-BALANCED = frozenset({"unbiased", "hajek", "ridge", "lmmse"})
-
-
-def second_moment_decoder(
-    encode: ArrayLike, straggle_probs: ArrayLike, variance: ArrayLike, *, alpha: float, model: Gram = "mixed"
-) -> Floats:
-    """Return the fixed decoder d of the second track with the least weighted error, for any code.
-
-        minimise  alpha ||E ghat - g||^2 + E||ghat - E ghat||^2                      Song & Choi eq. (36)
-        d = alpha (alpha M Gamma M^T + diag(u))^-1 M Gamma 1,   M = diag(1-p) E,
-        u_k = (1-p_k)(p_k+v_k) e_k^T Gamma' e_k
-
-    Args:
-        encode: [K, N], e_kn: worker k sends Q(sum_n e_kn g_n).
-        straggle_probs: [K] in [0, 1].
-        variance: scalar or [K], relative variance v_k >= 0.
-        alpha: weight of the bias, > 0; more: closer to unbiased.
-        model: the Gram matrices (Gamma, Gamma') of the partitions' gradients. "mixed": (I, 11^T), the paper's
-            eq. (12) for the bias and Lemma 1 for the variance; "aligned": all ones; "orthogonal": identities.
-    Returns:
-        [K] float64. For codes with rows N m_k and columns 1 it is the unbiased decoder times one constant in
-        the models "mixed" and "aligned" (docs/planner.md).
-    Raises:
-        PlanError: wrong shapes, alpha <= 0, an unknown model.
-    """
-    p = probabilities(straggle_probs)
-    v = per_worker(variance, len(p), "variance")
-    code = np.asarray(encode, dtype=np.float64)
-    if code.ndim != 2 or code.shape[0] != len(p):
-        raise PlanError(f"encode: expected shape [{len(p)}, N], got {code.shape}")
-    if not alpha > 0:
-        raise PlanError(f"alpha: expected a positive weight of the bias, got {alpha}")
-    if model not in ("mixed", "aligned", "orthogonal"):
-        raise PlanError(f"model: expected 'mixed', 'aligned' or 'orthogonal', got {model!r}")
-    mean = (1.0 - p)[:, None] * code
-    seen = mean.sum(axis=1)  # M 1
-    energy = (code**2).sum(axis=1) if model == "orthogonal" else code.sum(axis=1) ** 2
-    noise = (1.0 - p) * (p + v) * energy
-    gram = np.outer(seen, seen) if model == "aligned" else mean @ mean.T
-    target = seen * code.shape[1] if model == "aligned" else seen
-    useful = noise > 0  # a worker that never arrives, or sends zero, has no say; a perfect one is limited by rounding
-    useful |= seen != 0
-    decoder = np.zeros(len(p))
-    system = alpha * gram[np.ix_(useful, useful)] + np.diag(noise[useful])
-    decoder[useful] = np.linalg.lstsq(system, alpha * target[useful], rcond=None)[0]
-    return decoder
+BALANCED = frozenset({"unbiased", "annealed", "hajek", "ridge", "lmmse"})

@@ -6,6 +6,7 @@ import numpy as np
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import rules
+from torch_qgc.planner.checks import Received
 from torch_qgc.planner.fields import PlanFields
 from torch_qgc.planner.shares import stored_entries
 
@@ -40,7 +41,7 @@ def check(plan: PlanFields) -> None:
     rules.second_scale(plan)  # refuses tracks that are no multiples of each other
     everybody = np.ones(plan.num_workers, dtype=bool)
     corrected = rules.corrected_shares(plan.shares, 1.0 - plan.straggle_probs)
-    coefficients = rules.RULES[plan.decoder](plan)(everybody, corrected)
+    coefficients = rules.RULES[plan.decoder](plan)(Received(everybody, corrected, 1.0))
     infinite = np.flatnonzero(~np.isfinite(coefficients))
     if infinite.size:
         raise PlanError(

@@ -65,21 +65,23 @@ class _Slice:
         """Coordinates of a payload: those of the slice, or of a part. The last part is padded to the same width."""
         return -(-(self.stop - self.start) // self.parts)
 
-    def coefficients(self, counts: Ints, rates: Floats | None) -> Floats:
+    def coefficients(self, counts: Ints, rates: Floats | None, temperature: float) -> Floats:
         """Return [parts, K] coefficients of the round."""
         if isinstance(self.code, PartPlan):
             return self.code.coefficients(counts)
-        return self.code.coefficients(counts, rates=rates)[None]
+        return self.code.coefficients(counts, rates=rates, temperature=temperature)[None]
 
-    def second_coefficients(self, counts: Ints, rates: Floats | None) -> Floats:
+    def second_coefficients(self, counts: Ints, rates: Floats | None, temperature: float) -> Floats:
         """Return [1, K] coefficients of a second track that is not `scaled`."""
-        second = self.plan.second_coefficients(counts, rates=rates)
+        second = self.plan.second_coefficients(counts, rates=rates, temperature=temperature)
         assert second is not None
         return second[None]
 
-    def second_scale(self, counts: Ints, rates: Floats | None) -> float:
+    def second_scale(self, counts: Ints, rates: Floats | None, temperature: float) -> float:
         """Return the number by which the first track is multiplied to give the second, if it is `scaled`."""
-        return 1.0 if isinstance(self.code, PartPlan) else self.code.second_scale(counts, rates=rates)
+        if isinstance(self.code, PartPlan):
+            return 1.0
+        return self.code.second_scale(counts, rates=rates, temperature=temperature)
 
     def column(self, index: int) -> tuple[list[int], list[float]]:
         """Return the workers that hold a column, and the factor that it has in what each of them sends."""
@@ -203,6 +205,8 @@ class SchemeCodec:
         payloads: Mapping[tuple[int, int], Payload],
         rates: Floats | None,
         tracks: Sequence[torch.Tensor],
+        *,
+        temperature: float = 1.0,
     ) -> None:
         """Decode a round into one or two tracks, overwriting them.
 
@@ -213,18 +217,19 @@ class SchemeCodec:
             payloads: (worker, step) -> what the worker sent. Workers that hold no data count as arrived without one.
             rates: [K] expected contributions per round; None stands for the plan's.
             tracks: one or two of [P] fp32, contiguous: the gradient, and what Adam squares.
+            temperature: the learning rate of the step over the highest one so far, in (0, 1].
         """
         for j, s in enumerate(self.slices):
             present = [c for c in contributions if c.slices > j]
             counts = np.bincount([c.worker for c in present], minlength=len(self.bits))
             sent = [(c.worker, payloads[c[:2]][j]) for c in present if c[:2] in payloads]
             first, *second = (track[s.start : s.stop] for track in tracks)
-            self._decode_slice(s, sent, s.coefficients(counts, rates), first)
+            self._decode_slice(s, sent, s.coefficients(counts, rates, temperature), first)
             for out in second:
                 if s.scaled:
-                    torch.mul(first, s.second_scale(counts, rates), out=out)
+                    torch.mul(first, s.second_scale(counts, rates, temperature), out=out)
                 else:
-                    self._decode_slice(s, sent, s.second_coefficients(counts, rates), out)
+                    self._decode_slice(s, sent, s.second_coefficients(counts, rates, temperature), out)
 
     def _decode_slice(
         self, s: _Slice, sent: list[tuple[int, Encoded]], coefficients: Floats, out: torch.Tensor

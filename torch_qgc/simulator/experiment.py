@@ -15,7 +15,9 @@ from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, segment_weights
+from torch_qgc.planner.checks import Floats
 from torch_qgc.planner.delays import DelayModel
+from torch_qgc.planner.temperature import temperatures
 from torch_qgc.planner.variance import PASS_THROUGH_BITS
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, PartPlan, Scheme
@@ -165,6 +167,13 @@ class Experiment:
         if callable(self.lr):
             return float(self.lr(0)), self.lr
         return (0.0 if self.lr is None else float(self.lr)), None
+
+    @cached_property
+    def temperatures(self) -> Floats:
+        """The learning rate of each step over the highest one so far, [steps] in (0, 1]; 1 where it is constant."""
+        if not callable(self.lr):
+            return np.ones(self.steps)
+        return temperatures([float(self.lr(step)) for step in range(self.steps)])
 
     @property
     def evaluation_steps(self) -> list[int]:

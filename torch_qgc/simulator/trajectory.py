@@ -85,7 +85,10 @@ class Trajectory:
             self._evaluate()
         outcome = self._arrivals.close(self.step)
         computed = self._compute(outcome)
-        self._codec.decode(outcome.contributions, self._payloads, outcome.rates, self._tracks)
+        temperature = self._experiment.temperatures[self.step]
+        self._codec.decode(
+            outcome.contributions, self._payloads, outcome.rates, self._tracks, temperature=float(temperature)
+        )
         self._record(outcome, computed)
         self._forget(outcome)
         self._descent(self.step, self._tracks)
