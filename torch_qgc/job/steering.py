@@ -53,8 +53,8 @@ class Choice:
         deadline = "waits for all" if self.deadline_s is None else f"closes after {self.deadline_s:.3g} s"
         batches, bits = " ".join(f"{b:.2f}" for b in self.plan.batches), " ".join(map(str, self.plan.bits))
         return (
-            f"{deadline} ({self.speedup:.2f} times sooner at a loss than by waiting), batches [{batches}], bits [{bits}], "
-            f"slow because of [{' '.join(self.causes)}]"
+            f"{deadline} ({self.speedup:.2f} times sooner at a loss than by waiting), batches [{batches}], bits "
+            f"[{bits}], slow because of [{' '.join(self.causes)}]"
         )
 
 
@@ -119,7 +119,7 @@ class Steering:
         rounds = JobRounds(Empirical(delays_s=self._delays_s(estimates, plan), caution=0.0))
         deadline_s, late, speedup = course.deadline_s, np.zeros(len(alive)), 1.0
         if self._auto_deadline:
-            choice = choose_deadline(rounds, lambda p: _Outlook(plan, alive, p))
+            choice = choose_deadline(rounds, lambda p: _Living(plan, alive, p))
             deadline_s = None
             if choice.speedup > 1.0 + _WORTHWHILE:
                 deadline_s, late, speedup = choice.deadline_s, choice.straggle_probs, choice.speedup
@@ -210,12 +210,12 @@ class Steering:
         return other_deadline or bool(np.any(plan.bits != old.bits)) or _far(plan.batches, old.batches)
 
 
-class _Outlook:
+class _Living:
     """What `choose_deadline` asks of a plan, for the workers that are alive."""
 
     def __init__(self, plan: Plan, alive: list[int], straggle_probs: Floats) -> None:
         shares = plan.shares[alive]
-        self.shares = shares / shares.sum()
+        self.shares: Floats = shares / shares.sum()
         factors = error_factors(np.clip(straggle_probs, 0.0, 1.0), plan.variance[alive])
         self.residual_bound = float(factors[shares > 0] @ self.shares[shares > 0] ** 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,9 +12,20 @@ from numpy.typing import ArrayLike
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.cadence import Cadence, Rounds
 from torch_qgc.planner.checks import Floats, Mask
-from torch_qgc.planner.plan import Plan
 
-__all__ = ["DeadlineChoice", "choose_deadline"]
+__all__ = ["DeadlineChoice", "Outlook", "choose_deadline"]
+
+
+class Outlook(Protocol):
+    """What a deadline's cost depends on: a `Plan` says it, for one."""
+
+    @property
+    def shares(self) -> Floats:
+        """[K] fractions of the data, sum 1."""
+
+    @property
+    def residual_bound(self) -> float:
+        """Bound on the error of what is decoded; see `Plan.residual_bound`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +61,7 @@ class DeadlineChoice:
 
 def choose_deadline(
     rounds: Rounds,
-    plan: Callable[[Floats], Plan],
+    plan: Callable[[Floats], Outlook],
     *,
     beta: float = 1.0,
     staleness_weight: float = 1.0,
@@ -144,7 +156,7 @@ class _Objective:
     def __init__(
         self,
         rounds: Rounds,
-        plan: Callable[[Floats], Plan],
+        plan: Callable[[Floats], Outlook],
         beta: float,
         staleness_weight: float,
         overhead_s: float,

@@ -199,7 +199,7 @@ RULES: dict[str, _Makes] = {
 DECODERS = ("unbiased", "annealed", "hajek", "ridge", "uncorrected")
 SECOND_TRACKS = ("ridge", "hajek", "lmmse")
 #: Rules that multiply corrected shares by one number: any two of them are multiples of each other.
-SCALING = frozenset(_SCALES)
+SCALING = frozenset(_FACTORS)
 #: Rules whose coefficients do not depend on who else has arrived.
 FIXED = frozenset({"unbiased", "annealed", "ridge", "uncorrected", "homogeneous"})
 #: Rules that rest on rows N m_k and columns N s_n of the weights.
