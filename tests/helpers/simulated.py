@@ -37,6 +37,7 @@ def make_spec(plan: Plan, **changes: Any) -> JobSpec:
         rule=ClosingRule(**rule),
         verify_every=0,
         replan_every=0,
+        control_variates=False,
         most_batch=2.0,
         log_steps=64,
         log_bytes=1 << 30,

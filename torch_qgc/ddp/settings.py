@@ -94,6 +94,7 @@ def job_spec(
     downlink_bits: int,
     verify_every: int,
     replan_every: int,
+    control_variates: bool,
     limits: Limits,
 ) -> JobSpec:
     """Return what all workers and aggregators of a DDP job must agree on, validated.
@@ -114,6 +115,7 @@ def job_spec(
         rule=rule,
         verify_every=verify_every,
         replan_every=replan_every,
+        control_variates=control_variates,
         most_batch=limits.most_batch,
         log_steps=limits.log_steps,
         log_bytes=limits.log_bytes,
