@@ -129,9 +129,11 @@ class Courses:
     def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
         """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
 
-        Where late payloads are dropped, a worker that can no longer make it had better begin the next step with the
-        others. A step that has just begun is always tried, else a slow worker would never take part; one that is
-        still open after its deadline lacks its quorum, and needs everybody.
+        A worker that comes back from a pause, and can no longer make the step, had better begin the next one with the
+        others: else it would be late again, and go on half a step behind them. Where late payloads are folded, that
+        holds for workers that make a step which they begin with the others; a slower one had better compute at once.
+        A step that has just begun is always tried, else a slow worker would never take part; one that is still open
+        after its deadline lacks its quorum, and needs everybody.
 
         Args:
             step: of the job.
@@ -139,7 +141,9 @@ class Courses:
             usual_s: how long this worker usually takes; None if it does not know yet.
         """
         deadline_s = self.deadline_s(step)
-        if self.rule.late == "fold" or deadline_s is None or elapsed_s is None or usual_s is None:
+        if deadline_s is None or elapsed_s is None or usual_s is None:
+            return 0.0
+        if self.rule.late == "fold" and usual_s > deadline_s:
             return 0.0
         if elapsed_s < deadline_s / 4 or elapsed_s + usual_s <= deadline_s or elapsed_s > deadline_s:
             return 0.0
