@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch_qgc.errors import ProtocolError
+from torch_qgc.errors import ConfigError, ProtocolError
 from torch_qgc.planner import Plan
 from torch_qgc.protocol import messages
-from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.protocol.contract import MOST_SECONDS, ClosingRule, JobSpec
 
-__all__ = ["Course", "Courses"]
+__all__ = ["KEPT", "Course", "Courses"]
 
-_KEPT = 64  # of the newest: more than there are changes within the log
+KEPT = 64  # of the newest: more than there are changes within the log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,21 @@ class Course:
         from_step: the first step that it holds for.
         plan: who answers for which data, with which batch and how many bits, and how arrivals are weighed.
         deadline_s: seconds after a step's first BEGIN at which it closes; None: steps wait for all.
+    Raises:
+        ConfigError: the deadline is not positive, or in more than thirty years.
     """
 
     version: int
     from_step: int
     plan: Plan
     deadline_s: float | None
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None and not 0.0 < self.deadline_s <= MOST_SECONDS:
+            raise ConfigError(
+                f"deadline_s: expected more than 0 and at most {MOST_SECONDS:g} s, or None to wait for all, got "
+                f"{self.deadline_s}"
+            )
 
     def to_frames(self) -> list[Any]:
         """Return the message that tells of it."""
@@ -108,7 +117,7 @@ class Courses:
                 f"plan {course.version} from step {course.from_step} on: expected number {newest.version + 1}, for a "
                 f"step after {newest.from_step}"
             )
-        self._courses = (self._courses[0], *self._courses[1:][-_KEPT:], course)
+        self._courses = (self._courses[0], *self._courses[1:][1 - KEPT :], course)
         return True
 
     def changes_at(self, step: int) -> bool:

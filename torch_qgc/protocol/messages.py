@@ -15,7 +15,7 @@ import msgspec
 from torch_qgc.errors import ProtocolError
 from torch_qgc.planner import Plan
 from torch_qgc.planner.temperature import LEAST
-from torch_qgc.protocol.contract import MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
+from torch_qgc.protocol.contract import MOST_SECONDS, MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
 
 __all__ = [
     "ABSENT",
@@ -141,7 +141,7 @@ class Replan(msgspec.Struct, tag="replan", frozen=True):
 
     version: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
     from_step: Step
-    deadline_s: Annotated[float, msgspec.Meta(gt=0.0)] | None
+    deadline_s: Annotated[float, msgspec.Meta(gt=0.0, le=MOST_SECONDS)] | None
 
 
 # --- aggregator to worker -------------------------------------------------------------------------------
