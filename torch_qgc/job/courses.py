@@ -9,6 +9,7 @@ from typing import Any
 
 from torch_qgc.errors import ConfigError, ProtocolError
 from torch_qgc.planner import Plan
+from torch_qgc.planner.checks import Floats
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import MOST_SECONDS, ClosingRule, JobSpec
 
@@ -57,11 +58,25 @@ class Course:
             rest: the frames after the header.
             spec: the job.
         Raises:
-            ProtocolError, PlanError, ConfigError: it is none, or this job cannot train with its plan.
+            ProtocolError, PlanError, ConfigError: it is none, or this job cannot train with it.
         """
         plan = messages.plan_frame(rest, f"plan {replan.version} from step {replan.from_step} on")
-        spec.check_plan(plan)
-        return cls(version=replan.version, from_step=replan.from_step, plan=plan, deadline_s=replan.deadline_s)
+        course = cls(version=replan.version, from_step=replan.from_step, plan=plan, deadline_s=replan.deadline_s)
+        course.check(spec)
+        return course
+
+    def check(self, spec: JobSpec) -> None:
+        """Check that a job can train with this course.
+
+        Raises:
+            ConfigError: it cannot; names the remedy.
+        """
+        spec.check_plan(self.plan)
+        if self.deadline_s is not None and not spec.rule.may_be_late:
+            raise ConfigError(
+                f"deadline_s: expected None, got {self.deadline_s:g} s: this job has been set up to wait for all; "
+                "begin it with a deadline, or with deadline_s='auto'"
+            )
 
 
 class Courses:
@@ -124,6 +139,14 @@ class Courses:
         """Tell whether a new course begins at a step."""
         course = self.at(step)
         return bool(course.version) and course.from_step == step
+
+    def rates_at(self, step: int) -> tuple[Floats | None, Floats]:
+        """Return [K] contributions per round that the plans before a step and at it expect.
+
+        The first is None if the step before has waited for all: nobody could be late.
+        """
+        before = None if self.waits_for_all(step - 1) else 1.0 - self.at(step - 1).plan.straggle_probs
+        return before, 1.0 - self.at(step).plan.straggle_probs
 
     # --- what the rule says at a step -------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
     outside_s: Seconds = 0.0  # since the result of the step before: update, data, whatever the loop does
     # The learning rate over its peak so far, the same on all ranks; next to 0 as long as it has never changed.
     temperature: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = LEAST
+    plan: Index = 0  # version of the plan that the worker follows in it
 
 
 class Push(msgspec.Struct, tag="push", frozen=True):
