@@ -40,7 +40,7 @@ PLANS = [
 def fields_of(plan: Plan) -> dict[str, tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]]:
     """Return what the fields of a job for a plan are likely to be, and what is odd but not always wrong."""
     return {
-        "deadline_s": (st.none() | st.floats(1e-6, 1e6), st.sampled_from([5e-324, 1e308])),
+        "deadline_s": (st.none() | st.floats(1e-6, 1e6), st.sampled_from([5e-324, 1e9])),
         "warmup_steps": (st.integers(0, 3), st.just(2**31 - 1)),
         "quorum": (st.integers(1, plan.num_workers), st.integers(1, 9)),
         "late": (st.sampled_from(["fold", "drop"]), st.just("fold")),

@@ -28,7 +28,9 @@ from torch_qgc.protocol.contract import JobSpec
 
 K, STEPS = 3, 4
 PLAN = make_plan([0.1, 0.2, 0.3], bits_per_coordinate=4)
-SPEC = make_spec(PLAN, numel=700, chunk_numel=512, deadline_s=1.0, late="fold", max_staleness=2, log_steps=8)
+SPEC = make_spec(
+    PLAN, numel=700, chunk_numel=512, deadline_s=1.0, late="fold", max_staleness=2, log_steps=8, replan_every=50
+)
 BITS = int(PLAN.bits[2])
 HOSTILE, STRANGERS = peer_of(2), [b"stranger", b"another"]
 
@@ -36,6 +38,8 @@ HOSTILE, STRANGERS = peer_of(2), [b"stranger", b"another"]
 
 edges = st.sampled_from([0, 1, 2, 3, 4, 7, 511, 512, 2**31 - 1, 2**53 - 1])
 floats = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 1e308])
+small = st.integers(0, 5) | edges
+spans_s = floats | st.floats(0, 1e9) | st.sampled_from([0.0, 5e-324, 1e9])
 texts = st.text(max_size=20) | st.sampled_from(["%s %d", "\U0001f600" * 8192, "x" * 8192])
 
 
@@ -51,7 +55,7 @@ def rest_of(chunk: int) -> st.SearchStrategy[list[bytes]]:
 def pushes(draw: st.DrawFn) -> list[bytes]:
     chunk = draw(st.integers(0, 1) | edges)
     bits = draw(st.just(BITS) | st.integers(0, 40))
-    header = messages.Push(draw(st.integers(0, 1) | edges), chunk, bits, draw(floats), draw(floats))
+    header = messages.Push(draw(st.integers(0, 1) | edges), chunk, bits, draw(floats), draw(floats), draw(spans_s))
     return [messages.encode_message(header), *draw(rest_of(chunk))]
 
 
@@ -70,6 +74,9 @@ specs = st.builds(
             "aggregators": edges,
             "downlink_bits": st.integers(0, 40),
             "verify_every": edges,
+            "replan_every": edges,
+            "control_variates": st.booleans(),
+            "most_batch": floats,
             "log_steps": edges,
             "log_bytes": edges | st.just(2**52),
             "join_timeout_s": floats,
@@ -100,10 +107,33 @@ def plans(draw: st.DrawFn) -> bytes:
     return json.dumps(values).encode()
 
 
+OTHERS = [make_plan([0.1, 0.2], bits_per_coordinate=4), make_plan([0.5, 0.2, 0.3], bits_per_coordinate=6)]
+
+
+@st.composite
+def replans(draw: st.DrawFn) -> list[bytes]:
+    """Tell of a new plan: this job's or another's, changed or not, from any step on."""
+    plan = plans() | st.sampled_from([PLAN, *OTHERS]).map(lambda made: made.to_json().encode())
+    header = messages.Replan(draw(st.integers(1, 3) | edges), draw(small), draw(st.none() | spans_s))
+    return [messages.encode_message(header), *draw(st.lists(plan, max_size=2) | plan.map(lambda one: [one]))]
+
+
+@st.composite
+def begins(draw: st.DrawFn, plan: st.SearchStrategy[int]) -> list[bytes]:
+    warm = draw(st.floats(1e-12, 1.0) | floats)
+    batch = draw(st.floats(0, 1e6) | floats)
+    return without_rest(messages.Begin(draw(small), draw(st.booleans()), batch, draw(spans_s), warm, draw(plan)))
+
+
 @st.composite
 def hellos(draw: st.DrawFn, plan: st.SearchStrategy[bytes]) -> list[bytes]:
     spec, worker = draw(specs), draw(st.integers(0, 3) | edges)
-    hello = messages.Hello(version=draw(st.sampled_from([2, 2, 2, 99])), worker=worker, step=draw(edges), spec=spec)
+    hello = messages.Hello(
+        version=draw(st.sampled_from([messages.PROTOCOL_VERSION] * 3 + [99])),
+        worker=worker,
+        step=draw(edges),
+        spec=spec,
+    )
     return [messages.encode_message(hello), *draw(st.lists(plan, max_size=1 if worker else 2))]
 
 
@@ -118,18 +148,19 @@ def delivery(step: int, staleness: int, chunk: int, seed: int) -> list[bytes]:
     return [messages.encode_message(header), np.random.default_rng(seed).bytes(size)]
 
 
-small = st.integers(0, 5) | edges
 parts = st.dictionaries(st.text(max_size=128), st.text(max_size=256), max_size=4)
 harmless = st.one_of(
     pushes(),
     pushes(),
     hellos(plans() | st.just(b"{}")),
-    st.builds(messages.Begin, small, st.booleans()).map(without_rest),
+    begins(st.just(0)),
+    replans(),
     st.builds(messages.Fetch, small, st.integers(0, 1) | edges).map(without_rest),
     st.builds(messages.Hash, st.integers(5, 9) | edges, parts).map(without_rest),
 )
 deliveries = st.builds(lambda *args: lambda step: delivery(step, *args), st.integers(0, 3), st.integers(0, 1), edges)
 endings = st.one_of(
+    begins(edges),
     st.builds(messages.Bye, small).map(without_rest),
     st.builds(messages.Mark, st.integers(0, 3), small, st.integers(0, 2)).map(without_rest),
     st.builds(messages.Fault, small, texts).map(without_rest),
@@ -222,6 +253,9 @@ def assert_bounded(aggregator: Aggregator) -> None:
     assert len(job.rounds.began_at_s) <= 1
     assert len(job._agreement._stated) <= 64
     assert len(job._agreement._marks) <= 64
+    assert len(job.courses.changes) == 0  # what is told of plans changes none: aggregator 0 makes them
+    assert len(job._temperatures) <= 2
+    assert len(job._stopwatch._running) <= job.spec.workers
     for open_round in job.rounds._open.values():
         assert len(open_round.payloads) <= job.spec.workers * (1 + job.spec.rule.max_staleness)
 
@@ -371,7 +405,8 @@ def test_any_plan_is_answered(plan: bytes) -> None:
         digest = Plan.from_json(plan).digest()
     except ValueError:
         digest = SPEC.plan_digest
-    hello = messages.Hello(version=2, worker=0, step=0, spec=msgspec.structs.replace(SPEC, plan_digest=digest))
+    spec = msgspec.structs.replace(SPEC, plan_digest=digest)
+    hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=0, step=0, spec=spec)
     aggregator.receive(b"0", [messages.encode_message(hello), plan], 0.0)
     ((_, frames),) = aggregator.drain()
     answer = messages.decode_from_aggregator(frames[0])

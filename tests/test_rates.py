@@ -109,3 +109,33 @@ def test_a_worker_without_prior_gets_weight_once_it_has_come() -> None:
 def test_bad_priors_are_refused(bad: list[float]) -> None:
     with pytest.raises(PlanError, match="expected"):
         ArrivalRates(np.array(bad), 1)
+
+
+def test_a_new_plan_begins_anew_with_the_rates_that_it_changes_and_keeps_the_others() -> None:
+    rates = ArrivalRates(np.array([0.5, 0.5, 0.5]), 2)
+    for _ in range(50):
+        rates.update(0, np.array([1, 1, 1]), np.array([True] * 3))
+    learned = rates.rates(0)
+    assert np.all(learned > 0.9)
+    rates.expect(0, np.array([0.5, 0.5, 0.5]), np.array([0.5, 0.25, 0.5]))
+    assert rates.rates(0)[0] == learned[0]
+    assert rates.rates(0) == pytest.approx([learned[0], 0.25, learned[2]])
+    assert rates.rates(1) == pytest.approx([0.5] * 3)
+    rates.expect(0, None, np.array([0.5, 0.8, 0.1]))  # the steps before have waited for all
+    assert rates.rates(0) == pytest.approx([0.5, 0.8, 0.1])
+
+
+@pytest.mark.parametrize("every", [37, 150])
+def test_a_change_of_plan_in_the_middle_of_a_gap_costs_less_than_half_a_gap(every: int) -> None:
+    """A gap that a change falls into is longer than others: if it were counted, it would cost twice as much."""
+    rng, truth, runs = np.random.default_rng(4), np.array([1 / 2.5]), []  # gaps of one round, or of seven
+    for _ in range(60):
+        paid, rates = [], ArrivalRates(truth, 1)
+        start = int(rng.integers(50))
+        for step, count in enumerate(bursts(rng, 6050, sleep=6)[start : start + 6000]):
+            if step % every == 0 and step:
+                rates.expect(0, truth * (1 - 1e-9), truth)
+            paid.append(count / rates.rates(0)[0] if count else 0.0)
+            rates.update(0, np.array([count]), np.array([True]))
+        runs.append(float(np.mean(paid)))
+    assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 1.25 / every

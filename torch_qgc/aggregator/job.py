@@ -178,7 +178,7 @@ class Job:
                 self._agreement.mark(worker, message)
                 self._settle_agreement(now)
             case messages.Replan():
-                self._adopt(worker, message, rest)
+                self._adopt(worker, message, rest, now)
             case messages.Fault(step, text):
                 self.fail(f"worker {worker} failed at step {step}: {text}", now)
             case messages.Bye(step):
@@ -312,7 +312,6 @@ class Job:
         Raises:
             ConfigError: this job cannot train with the plan.
         """
-        self.spec.check_plan(plan)
         newest = self.courses.newest
         # Every worker hears of it before the result of the step that is open now, without which it begins no later one.
         course = Course(
@@ -321,6 +320,7 @@ class Job:
             plan=plan,
             deadline_s=deadline_s,
         )
+        course.check(self.spec)
         self.courses.add(course)
         self._announce(course, EVERYBODY)
         return course
@@ -328,16 +328,36 @@ class Job:
     def _announce(self, course: Course, worker: int | None) -> None:
         self.outbox.append((worker, course.to_frames()))
 
-    def _adopt(self, worker: int, replan: messages.Replan, rest: Sequence[Frame]) -> None:
-        """Take a plan that aggregator 0 has decided on and a worker passes on."""
-        course = Course.from_frames(replan, rest, self.spec)
-        late = course.version > self.courses.newest.version and course.from_step < self.rounds.newest
-        if self._decides or late:
-            raise ProtocolError(
-                f"worker {worker} tells of plan {course.version} from step {course.from_step} on: "
-                + ("aggregator 0 makes the plans" if self._decides else f"step {self.rounds.newest} is open already")
+    def _adopt(self, worker: int, replan: messages.Replan, rest: Sequence[Frame], now: float) -> None:
+        """Take a plan that aggregator 0 has decided on and a worker passes on.
+
+        Raises:
+            ProtocolError: it can be none of aggregator 0's.
+        """
+        where = f"worker {worker} tells of plan {replan.version} from step {replan.from_step} on"
+        if self._decides:
+            raise ProtocolError(f"{where}: aggregator 0 makes the plans")
+        course, newest = Course.from_frames(replan, rest, self.spec), self.courses.newest
+        if course.version > newest.version:
+            # Aggregator 0 is one step ahead at most, and whoever begins a step has told of its plan before.
+            first = max(self.rounds.newest_begun, newest.from_step) + 1
+            last = max(self.rounds.newest + 1, newest.from_step) + 1
+            if course.version != newest.version + 1 or not first <= course.from_step <= last:
+                raise ProtocolError(f"{where}: expected plan {newest.version + 1} from a step in {first} .. {last} on")
+        try:
+            self.courses.add(course)
+        except ProtocolError as error:  # who is right cannot be told
+            self.fail(f"worker {worker} tells of another plan than others: {error}", now)
+
+    def _check_plan(self, worker: int, begin: messages.Begin, now: float) -> None:
+        """End the job if a worker follows another plan than is decoded by: what it sends would be weighed wrongly."""
+        course = self.courses.at(begin.step)
+        if begin.plan != course.version:
+            self.fail(
+                f"worker {worker} begins step {begin.step} by plan {begin.plan}, expected plan {course.version}, which "
+                f"holds from step {course.from_step} on: has another worker told of a plan that is none?",
+                now,
             )
-        self.courses.add(course)
 
     # --- agreement --------------------------------------------------------------------------------------
 
@@ -347,17 +367,20 @@ class Job:
         if left:
             self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
             return
-        self._stopwatch.begin(worker, begin, now)
         if begin.thin:
             self.rounds.take(worker, step, now)
             if worker not in self._has_been_late:  # whatever its loop does otherwise shows now
                 self._has_been_late.add(worker)
                 self._send(EVERYBODY, messages.Verify(self.rounds.newest + 2))
-        elif self.rounds.begin(worker, step, now):
-            oldest = self.rounds.oldest
-            self._temperatures = {s: theta for s, theta in self._temperatures.items() if s >= oldest}
-            self._temperatures[step] = begin.temperature
-            self._send(EVERYBODY, messages.Started(step, 0.0))
+        else:
+            first = self.rounds.begin(worker, step, now)
+            self._check_plan(worker, begin, now)
+            if first:
+                oldest = self.rounds.oldest
+                self._temperatures = {s: theta for s, theta in self._temperatures.items() if s >= oldest}
+                self._temperatures[step] = begin.temperature
+                self._send(EVERYBODY, messages.Started(step, 0.0))
+        self._stopwatch.begin(worker, begin, now)
 
     def _bye(self, worker: int, step: int, now: float) -> None:
         self.rounds.leave(worker, now)

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch_qgc.errors import ProtocolError
+from torch_qgc.errors import ConfigError, ProtocolError
 from torch_qgc.planner import Plan
+from torch_qgc.planner.checks import Floats
 from torch_qgc.protocol import messages
-from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.protocol.contract import MOST_SECONDS, ClosingRule, JobSpec
 
-__all__ = ["Course", "Courses"]
+__all__ = ["KEPT", "Course", "Courses"]
 
-_KEPT = 64  # of the newest: more than there are changes within the log
+KEPT = 64  # of the newest: more than there are changes within the log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,21 @@ class Course:
         from_step: the first step that it holds for.
         plan: who answers for which data, with which batch and how many bits, and how arrivals are weighed.
         deadline_s: seconds after a step's first BEGIN at which it closes; None: steps wait for all.
+    Raises:
+        ConfigError: the deadline is not positive, or in more than thirty years.
     """
 
     version: int
     from_step: int
     plan: Plan
     deadline_s: float | None
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None and not 0.0 < self.deadline_s <= MOST_SECONDS:
+            raise ConfigError(
+                f"deadline_s: expected more than 0 and at most {MOST_SECONDS:g} s, or None to wait for all, got "
+                f"{self.deadline_s}"
+            )
 
     def to_frames(self) -> list[Any]:
         """Return the message that tells of it."""
@@ -48,11 +58,25 @@ class Course:
             rest: the frames after the header.
             spec: the job.
         Raises:
-            ProtocolError, PlanError, ConfigError: it is none, or this job cannot train with its plan.
+            ProtocolError, PlanError, ConfigError: it is none, or this job cannot train with it.
         """
         plan = messages.plan_frame(rest, f"plan {replan.version} from step {replan.from_step} on")
-        spec.check_plan(plan)
-        return cls(version=replan.version, from_step=replan.from_step, plan=plan, deadline_s=replan.deadline_s)
+        course = cls(version=replan.version, from_step=replan.from_step, plan=plan, deadline_s=replan.deadline_s)
+        course.check(spec)
+        return course
+
+    def check(self, spec: JobSpec) -> None:
+        """Check that a job can train with this course.
+
+        Raises:
+            ConfigError: it cannot; names the remedy.
+        """
+        spec.check_plan(self.plan)
+        if self.deadline_s is not None and not spec.rule.may_be_late:
+            raise ConfigError(
+                f"deadline_s: expected None, got {self.deadline_s:g} s: this job has been set up to wait for all; "
+                "begin it with a deadline, or with deadline_s='auto'"
+            )
 
 
 class Courses:
@@ -108,13 +132,21 @@ class Courses:
                 f"plan {course.version} from step {course.from_step} on: expected number {newest.version + 1}, for a "
                 f"step after {newest.from_step}"
             )
-        self._courses = (self._courses[0], *self._courses[1:][-_KEPT:], course)
+        self._courses = (self._courses[0], *self._courses[1:][1 - KEPT :], course)
         return True
 
     def changes_at(self, step: int) -> bool:
         """Tell whether a new course begins at a step."""
         course = self.at(step)
         return bool(course.version) and course.from_step == step
+
+    def rates_at(self, step: int) -> tuple[Floats | None, Floats]:
+        """Return [K] contributions per round that the plans before a step and at it expect.
+
+        The first is None if the step before has waited for all: nobody could be late.
+        """
+        before = None if self.waits_for_all(step - 1) else 1.0 - self.at(step - 1).plan.straggle_probs
+        return before, 1.0 - self.at(step).plan.straggle_probs
 
     # --- what the rule says at a step -------------------------------------------------------------------------
 

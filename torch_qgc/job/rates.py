@@ -60,12 +60,22 @@ class ArrivalRates:
         rates: NDArray[np.float64] = np.where(np.isfinite(gap), 1.0 / np.maximum(gap, 1e-9), 0.0)
         return rates
 
-    def expect(self, chunk: int, prior_rates: NDArray[np.float64]) -> None:
-        """Begin anew with a chunk's rates, from what a new plan expects: [K] in [0, 1]."""
+    def expect(self, chunk: int, before: NDArray[np.float64] | None, after: NDArray[np.float64]) -> None:
+        """Begin anew with the rates of a chunk that a new plan changes, from what it expects.
+
+        Of a gap that is open then the rounds under the new plan count: the whole gap is longer than others on average,
+        because a change falls into a long one more easily.
+
+        Args:
+            before: [K] what the plan before expected, in [0, 1]; None: it waited for all, and no rates were measured.
+            after: [K] what the new one expects.
+        """
+        changed = np.full(len(after), True) if before is None else after != before
         with np.errstate(divide="ignore"):
-            self.mean_gap[:, chunk] = np.where(prior_rates > 0, 1.0 / prior_rates, np.inf)
-        self._prior_contributions[:, chunk] = self._prior_rounds * prior_rates
-        self._seen[:, chunk] = 0
+            self.mean_gap[changed, chunk] = np.where(after > 0, 1.0 / after, np.inf)[changed]
+        self._prior_contributions[changed, chunk] = self._prior_rounds * after[changed]
+        self._seen[changed, chunk] = 0
+        self._open_gap[changed, chunk] = 0
 
     def update(self, chunk: int, counts: NDArray[np.int64], alive: NDArray[np.bool_]) -> None:
         """Enter a closed round: counts [K] payloads of each worker in it; the dead are not counted as late."""

@@ -297,7 +297,7 @@ class Rounds(Generic[T]):
         course, deadline_s = self.courses.at(current.step), self.courses.deadline_s(current.step)
         waits, shares = deadline_s is None, course.plan.shares
         if self.courses.changes_at(current.step):
-            self.rates.expect(column, 1.0 - course.plan.straggle_probs)
+            self.rates.expect(column, *self.courses.rates_at(current.step))
         payloads = [(worker, made_for, kept) for (worker, made_for), kept in sorted(current.payloads.items(), key=_key)]
         counts = np.bincount([worker for worker, _, _ in payloads], minlength=len(shares)).astype(np.int64)
         alive = self.roster.alive | (counts > 0)  # who is in it answers for its own share, whatever became of it since

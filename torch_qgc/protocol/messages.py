@@ -15,7 +15,7 @@ import msgspec
 from torch_qgc.errors import ProtocolError
 from torch_qgc.planner import Plan
 from torch_qgc.planner.temperature import LEAST
-from torch_qgc.protocol.contract import MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
+from torch_qgc.protocol.contract import MOST_SECONDS, MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
 
 __all__ = [
     "ABSENT",
@@ -84,6 +84,7 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
     outside_s: Seconds = 0.0  # since the result of the step before: update, data, whatever the loop does
     # The learning rate over its peak so far, the same on all ranks; next to 0 as long as it has never changed.
     temperature: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = LEAST
+    plan: Index = 0  # version of the plan that the worker follows in it
 
 
 class Push(msgspec.Struct, tag="push", frozen=True):
@@ -141,7 +142,7 @@ class Replan(msgspec.Struct, tag="replan", frozen=True):
 
     version: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
     from_step: Step
-    deadline_s: Annotated[float, msgspec.Meta(gt=0.0)] | None
+    deadline_s: Annotated[float, msgspec.Meta(gt=0.0, le=MOST_SECONDS)] | None
 
 
 # --- aggregator to worker -------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ class Connection:
         """Announce the step's forward pass to every aggregator; `facts` are those of `messages.Begin`."""
         with self._carrier.locked():
             self._began_at_s = self._carrier.now()
-            self._session.begin(messages.Begin(step, thin, **facts))
+            plan = self._session.courses.at(step).version
+            self._session.begin(messages.Begin(step, thin, plan=plan, **facts))
             self._carrier.flush()
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Any, float, float]]) -> None:

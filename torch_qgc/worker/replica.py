@@ -367,7 +367,7 @@ class Replica:
         """Enter a result: into the counts, and into the same estimate of rates that the aggregators have."""
         self.counts.note(result.counts, chunks=len(self.layout.chunks))
         if self.courses.changes_at(result.step):
-            self.rates.expect(result.chunk, 1.0 - self.courses.at(result.step).plan.straggle_probs)
+            self.rates.expect(result.chunk, *self.courses.rates_at(result.step))
         if not self.courses.waits_for_all(result.step):
             self.rates.update(result.chunk, result.counts, result.alive)
 
