@@ -253,6 +253,8 @@ class Job:
                 self._send(EVERYBODY, messages.Verify(self.rounds.newest + 2))
         elif self.rounds.begin(worker, step, now):
             self._send(EVERYBODY, messages.Started(step, 0.0))
+        if self._agreement.begin(worker, step):
+            self._settle_agreement(now)
 
     def _bye(self, worker: int, step: int, now: float) -> None:
         self.rounds.leave(worker, now)

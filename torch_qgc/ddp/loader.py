@@ -72,12 +72,11 @@ class Thinner:
         try:
             yield from batches
             owed = self.owed
-            if owed and self._made_steps:
+            if owed and self._began_steps:
                 told = True
-                end = self.replica.step + self.replica.loop_ended(owed=owed)
-                yield from self._make_up(end, another)
+                yield from self._make_up(self.replica.loop_ended(owed=owed), owed, another)
         finally:
-            if self._made_steps and not told:
+            if self._began_steps and not told:
                 with contextlib.suppress(Exception):  # an iterator may be closed at any time; the next step raises it
                     self.replica.loop_ended(owed=0)
 
@@ -98,15 +97,19 @@ class Thinner:
         self._handed_out_at = None
 
     @property
-    def _made_steps(self) -> bool:
-        return self.replica.step > self._first_step
+    def _began_steps(self) -> bool:
+        """This was a loop of the job's, and no mere look at the data, even if all its steps were given up here."""
+        replica = self.replica
+        return replica.step > self._first_step or replica.in_step or replica.abandoned_steps > self._abandoned_before
 
-    def _make_up(self, end: int, another: Callable[[], Any]) -> Iterator[Any]:
-        step = -1
-        while step < self.replica.step < end:  # until one makes no step again
-            step = self.replica.step
-            yield self.thin(another()) if self.replica.missed() else another()
-        self.replica.state_now()
+    def _make_up(self, loop: int, owed: int, another: Callable[[], Any]) -> Iterator[Any]:
+        """Hand out batches for the steps that others make in this loop, unless too many make no step again."""
+        replica, in_vain = self.replica, 0
+        while in_vain < owed and replica.owes_step(loop):
+            step = replica.step
+            yield self.thin(another()) if replica.missed() else another()
+            in_vain = 0 if replica.step > step else in_vain + 1
+        replica.state_now()
 
 
 class FollowedLoader:
@@ -199,7 +202,8 @@ class CodedLoader:
         if self._seed is not None and self._loader.generator is not None:
             self._loader.generator.manual_seed(self._seed + self.sampler.epoch)
         yield from self._thinner.loop(self._epoch(), self._another)
-        self._go_on()
+        if self._handed >= len(self.sampler):  # else the others have left it early, and the next iteration goes on
+            self._go_on()
 
     def _go_on(self) -> None:
         """Take the next epoch's order from now on, if this one's has made steps, or had none left to make."""
@@ -215,17 +219,17 @@ class CodedLoader:
         ahead = self._loader.num_workers > 0  # batches are loaded before it is known which steps close
         self.sampler.cut = (lambda batch: batch) if ahead else self._loaded
         batches = iter(self._loader)
-        count, first = 0, self._replica.step
+        count, first, ended = 0, self._replica.step, False
         while self._handed < len(self.sampler):
             if not self._replica.in_step:
                 if count and self._replica.step > first:
                     self._per_step = max(1, round(count / (self._replica.step - first)))
-                self._replay()
+                ended = self._replay()
                 count, first = 0, self._replica.step
             for _ in range(self._leave_out if ahead else 0):
                 next(batches, None)
             self._handed += self._leave_out
-            if self._handed >= len(self.sampler):
+            if ended or self._handed >= len(self.sampler):
                 break
             thin = self._thinner.closed_without_us()
             self._keep = self._thinner.count if thin else self.sampler.batch_size
@@ -242,15 +246,25 @@ class CodedLoader:
             return None
         return batch[: self._keep]
 
-    def _replay(self) -> None:
-        """Replay what has closed without this worker, if the user has said what the update is."""
+    def _replay(self) -> bool:
+        """Replay what has closed without this worker, if the user has said what the update is.
+
+        Returns:
+            The others' loops have ended before the step that is next, and so does this one.
+        """
         replica = self._replica
         self._leave_out = 0
         if not (replica.update.known and replica.may_be_late):
-            return
-        while self._handed + self._leave_out < len(self.sampler) and replica.missed():
+            return False
+        while self._handed + self._leave_out < len(self.sampler):
+            missed = replica.missed()
+            if (missed or self._leave_out) and replica.loop_ended_elsewhere():
+                return True
+            if not missed:
+                return False
             replica.replay()
             self._leave_out = min(self._leave_out + self._per_step, len(self.sampler) - self._handed)
+        return False
 
     def _another(self) -> Any:
         """Return one more batch, for a step that this worker has to make up for."""
