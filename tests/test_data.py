@@ -208,6 +208,21 @@ def test_where_others_have_left_the_loop_in_a_step_that_is_replayed_it_ends_here
     assert loader.state_dict() == {"epoch": 2, "samples": 0}
 
 
+def test_a_look_at_the_data_is_no_loop_but_one_whose_steps_were_all_given_up_is() -> None:
+    replica = FakeReplica(plan_of())
+    thinner = Thinner(replica)
+    for in_step in (False, True):  # a rest of micro-batches may be under way
+        replica.in_step = in_step
+        next(thinner.loop(map(thinner, range(10)), lambda: None))
+        assert replica.ends == []
+    replica.in_step, replica.others_step = False, 1
+    for i, _ in enumerate(thinner.loop(map(thinner, range(1)), lambda: None)):
+        replica.in_step = replica.awaits_backward = True
+        if i == 1:
+            replica.make_step()
+    assert (replica.ends, replica.step) == ([(0, 1)], 1)
+
+
 def test_a_batch_that_is_fetched_between_forward_and_backward_pass_is_not_owed() -> None:
     replica = FakeReplica(plan_of())
     thinner = Thinner(replica)

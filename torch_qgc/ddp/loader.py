@@ -91,8 +91,9 @@ class Thinner:
         return self._unused + replica.abandoned_steps - self._abandoned_before + newest
 
     def _begin(self) -> None:
-        self._first_step = self.replica.step
-        self._abandoned_before = self.replica.abandoned_steps
+        replica = self.replica
+        self._first_step, self._in_step_before = replica.step, replica.in_step
+        self._abandoned_before = replica.abandoned_steps
         self._unused = 0  # batches that no forward pass has seen
         self._handed_out_at = None
 
@@ -100,7 +101,8 @@ class Thinner:
     def _began_steps(self) -> bool:
         """This was a loop of the job's, and no mere look at the data, even if all its steps were given up here."""
         replica = self.replica
-        return replica.step > self._first_step or replica.in_step or replica.abandoned_steps > self._abandoned_before
+        before = self._first_step, self._in_step_before, self._abandoned_before
+        return (replica.step, replica.in_step, replica.abandoned_steps) != before
 
     def _make_up(self, loop: int, owed: int, another: Callable[[], Any]) -> Iterator[Any]:
         """Hand out batches for the steps that others make in this loop, unless too many make no step again."""

@@ -140,9 +140,9 @@ class Connection:
         return goes_on()
 
     def loop_ended_before(self, number: int, step: int, timeout_s: float) -> bool:
-        """Wait until others have begun a step, or their loop has ended before it; tell whether it has.
+        """Wait until others have begun a step, or their loop has ended before it; tell whether that has.
 
-        If neither is so after timeout_s, nobody knows yet, and the answer is no.
+        If neither has happened after timeout_s, the answer is no.
 
         Raises:
             JobFailed, Refused: the job has ended.
@@ -206,9 +206,7 @@ class Connection:
 
     def wait_closed(self, step: int, timeout_s: float) -> bool:
         """Wait until a step has closed without this worker, at most timeout_s; tell whether it has."""
-        inbox = self._session.inbox
-        self._wait_for(lambda: inbox.closed(step), timeout_s)
-        return inbox.closed(step)
+        return self._wait_for(lambda: self._session.inbox.closed(step), timeout_s)
 
     def elapsed_s(self, step: int) -> float | None:
         """Return for how long the step's clock has been running, None if nobody has begun it."""
@@ -226,11 +224,12 @@ class Connection:
             self._session.say(message, aggregator)
             self._carrier.flush()
 
-    def _wait_for(self, condition: Callable[[], object], timeout_s: float) -> None:
-        """Wait until a condition holds or time is up; raise if the job has ended."""
+    def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until a condition holds or time is up, and tell whether it does; raise if the job has ended."""
         with self._carrier.locked():
             self._carrier.wait_for(lambda: self._session.error or condition(), timeout_s)
             self._check()
+            return condition()
 
     def _check(self) -> None:
         error = self._session.error
