@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torch_qgc.aggregator.agreement import MOST_PENDING, Agreement
 from torch_qgc.errors import QGCError
@@ -73,34 +76,110 @@ def test_memory_of_what_is_never_completed_is_bounded() -> None:
     for step in range(10 * MOST_PENDING):
         agreement.state(0, step, {})
         agreement.mark(0, Mark(step, step, 0))
-    assert len(agreement._stated) == len(agreement._marks) == MOST_PENDING
+    assert len(agreement._stated) == len(agreement._loops) == MOST_PENDING
 
 
 # --- ends of loops --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("ends", "newest", "wrong"),
+    ("ends", "told", "wrong"),
     [
-        ([(9, 0), (9, 0), (9, 0)], 9, False),
-        ([(9, 0), (9, 0), (7, 2)], 9, False),  # makes up for two steps
-        ([(9, 1), (9, 1), (9, 1)], 9, False),
-        ([(9, 0), (9, 0), (7, 0)], 9, True),
-        ([(9, 0), (8, 1), (7, 0)], 9, True),
+        ([(9, 0), (9, 0), (9, 0)], [Marked(3, 9, True)], False),
+        ([(7, 2), (9, 0), (9, 0)], [Marked(3, 7, False), Marked(3, 9, True)], False),  # makes up for two steps
+        ([(9, 1), (9, 1), (9, 1)], [Marked(3, 9, False), Marked(3, 9, True)], False),
+        ([(9, 0), (9, 0), (7, 0)], [Marked(3, 9, True)], True),
+        ([(9, 0), (8, 1), (7, 0)], [Marked(3, 9, True)], True),
     ],
 )
 def test_ends_of_loops_are_equal_but_for_those_who_make_up(
-    ends: list[tuple[int, int]], newest: int, wrong: bool
+    ends: list[tuple[int, int]], told: list[Marked], wrong: bool
+) -> None:
+    agreement, messages, problem = Agreement(), [], None
+    for worker, (step, owed) in enumerate(ends):
+        agreement.mark(worker, Mark(3, step, owed))
+        verdict = agreement.settle(ALL)
+        messages += verdict.messages
+        assert problem is None  # it is known when all have come to their ends
+        problem = verdict.problem
+    assert messages == told
+    assert (problem is not None) is wrong
+    if wrong:
+        assert f"workers [2] at step 7, workers [0{'' if ends[1][1] else ', 1'}] at step 9" in str(problem)
+
+
+class Looping:
+    """A worker whose loops have batches that make a step, are left out, or are given up after the forward pass.
+
+    Args:
+        worker: its number.
+        loops: the batches of each loop, by what becomes of them.
+    """
+
+    def __init__(self, worker: int, loops: list[list[str]]) -> None:
+        self.worker, self.loops = worker, loops
+        self.step = self.loop = self.at = self.owed = 0
+        self.in_step = self.ended = False
+        self.ends: list[int] = []  # the step at which each loop has ended
+        self.told: dict[int, Marked] = {}
+
+    def runnable(self, everybody: list[Looping], *, all_wait: bool) -> bool:
+        if self.in_step:
+            return not all_wait or all(other.step > self.step or other.in_step for other in everybody)
+        if self.ended and self.owed:
+            known = self.told.get(self.loop)
+            return known is not None and (known.ended or known.step > self.step)
+        return self.loop < len(self.loops)
+
+    def go(self, agreement: Agreement) -> bool:
+        """Do what comes next; tell whether the agreement has to be settled."""
+        batches = self.loops[self.loop]
+        if self.in_step:
+            self.in_step, self.step = False, self.step + 1
+            return False
+        if self.at < len(batches):
+            kind, self.at = batches[self.at], self.at + 1
+            self.in_step = kind == "step"
+            self.owed += kind != "step"
+            return kind != "left out" and agreement.begin(self.worker, self.step)
+        if not self.ended:
+            self.ended = True
+            agreement.mark(self.worker, Mark(self.loop, self.step, self.owed))
+            return True
+        if self.owed and self.told[self.loop].step > self.step:
+            self.in_step = True
+            return agreement.begin(self.worker, self.step)
+        self.ends.append(self.step)
+        self.loop, self.at, self.owed, self.ended = self.loop + 1, 0, 0, False
+        return False
+
+
+batches = st.lists(st.sampled_from(["step", "step", "left out", "given up"]), min_size=4, max_size=4)
+
+
+@given(st.lists(st.lists(batches, min_size=3, max_size=3), min_size=3, max_size=3), st.booleans(), st.randoms())
+@settings(deadline=None)
+def test_whatever_each_rank_leaves_out_all_loops_end_at_the_same_step_and_nobody_waits_forever(
+    loops: list[list[list[str]]], all_wait: bool, order: random.Random
 ) -> None:
     agreement = Agreement()
-    for worker, (step, owed) in enumerate(ends):
-        assert agreement.settle(ALL).messages == []
-        agreement.mark(worker, Mark(3, step, owed))
-    verdict = agreement.settle(ALL)
-    assert verdict.messages == [Marked(3, newest)]
-    assert (verdict.problem is not None) is wrong
-    if wrong:
-        assert f"workers [2] at step 7, workers [0{'' if ends[1][1] else ', 1'}] at step 9" in str(verdict.problem)
+    everybody = [Looping(worker, each) for worker, each in enumerate(loops)]
+    while any(each.loop < 3 for each in everybody):
+        free = [each for each in everybody if each.runnable(everybody, all_wait=all_wait)]
+        assert free, "all wait"
+        if order.choice(free).go(agreement):
+            verdict = agreement.settle(ALL)
+            assert verdict.problem is None
+            for message in verdict.messages:
+                assert isinstance(message, Marked)
+                for each in everybody:
+                    each.told[message.number] = message
+    assert everybody[0].ends == everybody[1].ends == everybody[2].ends
+    begin = 0
+    for loop, end in enumerate(everybody[0].ends):
+        made = [each.loops[loop].count("step") for each in everybody]
+        assert max(made) <= end - begin <= len(loops[0][loop])
+        begin = end
 
 
 # --- statements -------------------------------------------------------------------------------------------------

@@ -252,10 +252,44 @@ def test_nothing_is_made_up_for_where_all_have_made_as_many_steps(follow: bool) 
     assert replica.ends == [(10, 0)]
 
 
-def test_making_up_ends_where_it_makes_no_step() -> None:
+def test_making_up_ends_where_too_many_batches_make_no_step_again() -> None:
+    for bad, count, made in (({3, 4, 11, 13}, 14, 10), ({3, 4, 11, 12}, 12, 8)):
+        replica = FakeReplica(plan_of())
+        replica.others_step = 10
+        assert looped(replica, bad, follow=True) == count
+        assert replica.step == made
+
+
+@pytest.mark.parametrize("late", [{4, 5}, {4, 5, 6, 7}])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_where_others_have_left_the_loop_in_a_step_that_is_replayed_it_ends_here_too(
+    late: set[int], num_workers: int
+) -> None:
+    replica = FakeReplica(plan_of(), late=frozenset(late), bound=True)
+    loader = make_loader(replica, TensorDataset(torch.arange(120)), batch_size=4, num_workers=num_workers)
+    replica.leaves_at = 6
+    assert len(list(steps(loader))) == 4
+    assert replica.replayed == [4, 5]
+    assert replica.ends == [(6, 0)]
+    assert loader.state_dict() == {"epoch": 0, "samples": 6 * 4 * 3}  # as on ranks that have left it by themselves
+    replica.leaves_at, replica.late = None, frozenset()
+    assert len(list(steps(loader))) == 10
+    assert loader.state_dict() == {"epoch": 2, "samples": 0}
+
+
+def test_a_look_at_the_data_is_no_loop_but_one_whose_steps_were_all_given_up_is() -> None:
     replica = FakeReplica(plan_of())
-    replica.others_step = 10
-    assert looped(replica, {3, 4, 12, 13, 14}, follow=True) == 12
+    thinner = Thinner(replica)
+    for in_step in (False, True):  # a rest of micro-batches may be under way
+        replica.in_step = in_step
+        next(thinner.loop(map(thinner, range(10)), lambda: None))
+        assert replica.ends == []
+    replica.in_step, replica.others_step = False, 1
+    for i, _ in enumerate(thinner.loop(map(thinner, range(1)), lambda: None)):
+        replica.in_step = replica.awaits_backward = True
+        if i == 1:
+            replica.make_step()
+    assert (replica.ends, replica.step) == ([(0, 1)], 1)
 
 
 def test_a_batch_that_is_fetched_between_forward_and_backward_pass_is_not_owed() -> None:

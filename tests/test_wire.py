@@ -32,7 +32,7 @@ ANSWERS = [
     messages.Gone(3, "lost"),
     messages.Verify(4),
     messages.Agreed(4),
-    messages.Marked(1, 50),
+    messages.Marked(1, 50, True),
     messages.Rejected("no"),
     messages.Failed("why"),
     messages.Ping(),

@@ -38,6 +38,7 @@ class FakeReplica:
         self.in_step = self.awaits_backward = False
         self.step = self.abandoned_steps = 0
         self.others_step = 0  # at which the others' loops end
+        self.leaves_at: int | None = None  # the step at which the others leave their loops early
         self.replayed: list[int] = []
         self.ends: list[tuple[int, int]] = []  # of loops: the step, and the batches owed
 
@@ -66,4 +67,11 @@ class FakeReplica:
 
     def loop_ended(self, *, owed: int) -> int:
         self.ends.append((self.step, owed))
-        return max(self.others_step - self.step, 0) if owed else 0
+        return len(self.ends) - 1
+
+    def owes_step(self, loop: int) -> bool:
+        assert loop == len(self.ends) - 1
+        return self.step < self.others_step
+
+    def loop_ended_elsewhere(self) -> bool:
+        return self.leaves_at is not None and self.step >= self.leaves_at

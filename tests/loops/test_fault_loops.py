@@ -61,6 +61,55 @@ def bad_batch_at_the_end(rank: int, job: Job) -> Any:
     return updates
 
 
+def bad_batches_of_short_loops(rank: int, job: Job) -> Any:
+    """The first loop ends while steps still wait for all: the others' last steps need what this rank owes."""
+    model, state = job.wrap(mlp())
+    loader, optimizer = state.loader(dataset(3), batch_size=BATCH), torch.optim.Adam(model.parameters(), lr=1e-2)
+    updates = 0
+    for epoch in range(4):
+        for i, (x, y) in enumerate(loader):
+            bad = rank == ODD and (epoch, i) in ((0, 0), (0, 2), (2, 2))
+            if bad and i == 0:
+                continue
+            loss = mse(model(x), y)
+            if bad:
+                continue
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            updates += 1
+    return updates
+
+
+def bad_batches_where_all_wait(rank: int, job: Job) -> Any:
+    """Without a deadline each step waits for all, and so does the last one of a loop."""
+    model, loader, optimizer = made(job, deadline_s=None)
+    updates = 0
+    for i, (x, y) in enumerate(loader):
+        if i in {0: (), 1: (3,), 2: (0, 1, 7)}[rank]:
+            continue
+        trained(model, optimizer, x, y)
+        updates += 1
+    return updates
+
+
+def bad_batch_of_a_loop_of_one(rank: int, job: Job) -> Any:
+    """All that one rank's loop does is given up, in a step that waits for all and in one that does not."""
+    model, state = job.wrap(mlp())
+    loader, optimizer = state.loader(dataset(1), batch_size=BATCH), torch.optim.SGD(model.parameters(), lr=0.05)
+    passes = 0
+    for _ in range(12):
+        for x, y in loader:
+            loss = mse(model(x), y)
+            passes += 1
+            if rank == ODD and passes in (2, 8):
+                continue
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return None
+
+
 def not_a_number(rank: int, job: Job) -> Any:
     """`if not torch.isfinite(loss): continue`, after the forward pass, on one rank."""
     model, loader, optimizer = made(job)
@@ -443,6 +492,9 @@ CASES = {
     for f, options in [
         (bad_batch_before_forward, {"steps": 24}),
         (bad_batch_at_the_end, {"steps": 24}),
+        (bad_batches_of_short_loops, {"steps": 12}),
+        (bad_batches_where_all_wait, {"steps": 12, "late": False}),
+        (bad_batch_of_a_loop_of_one, {"steps": 12}),
         (not_a_number, {"steps": 24}),
         (not_a_number_on_any_rank, {"steps": 11}),
         (skipped_by_name, {"steps": 12}),

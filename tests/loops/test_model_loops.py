@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.loops import BATCH, STEPS, Case, Job, check_case, dataset, mlp, mse, run_cases
+from helpers.loops import BATCH, STEPS, Case, Job, Late, check_case, dataset, mlp, mse, run_cases
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -360,6 +360,26 @@ def made_before_ddp(rank: int, job: Job) -> Any:
     return scheduler.state_dict()
 
 
+def bound_until_a_step(rank: int, job: Job) -> Any:
+    """`if state.step == n: break` ends the loop of a rank, too, that has replayed the last step without its body."""
+    model, state = job.wrap(mlp(), late=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    goals = (8, 13)
+    if rank == job.late_rank:
+        Late(model, state, {goal - 2 for goal in goals})
+    state.bind(optimizer, max_grad_norm=1.0)
+    loader = state.loader(dataset(), batch_size=BATCH)
+    positions = []
+    for goal in goals:
+        for x, y in loader:
+            mse(model(x), y).backward()
+            state.update()
+            if state.step == goal:
+                break
+        positions.append((state.step, state.state_dict()["loaders"]))
+    return positions
+
+
 def from_groups(rank: int, job: Job) -> Any:
     """CodedAdamW(optimizer.param_groups, state), with weight decay for matrices only."""
     module = mlp()
@@ -426,6 +446,7 @@ CASES = {
         (muon_and_adam, {}),
         (embeddings_by_sgd, {}),
         (made_before_ddp, {"replays": True}),
+        (bound_until_a_step, {"steps": 13, "replays": True}),
         (from_groups, {}),
         (grad_scaler, {"steps": 12}),
         (grad_scaler_that_is_told, {"steps": 12}),

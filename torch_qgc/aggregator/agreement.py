@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch_qgc.protocol.messages import Agreed, Mark, Marked
 
@@ -21,12 +22,22 @@ class Verdict:
     problem: str | None = None
 
 
+@dataclass
+class _Loop:
+    """A loop that some worker has come to the end of."""
+
+    number: int
+    marks: dict[int, Mark] = field(default_factory=dict)  # worker -> its end
+    told: Marked | None = None  # what everybody knows of its end
+
+
 class Agreement:
     """Collect what workers state, and compare it as soon as all that are alive have."""
 
     def __init__(self) -> None:
         self._stated: dict[int, dict[int, Mapping[str, str]]] = {}  # step -> worker -> name -> value
-        self._marks: dict[int, dict[int, Mark]] = {}  # loop -> worker -> its end
+        self._loops: dict[int, _Loop] = {}
+        self._begun: dict[int, int] = {}  # worker -> the newest step that it has begun
         self._agreed_step = -1
 
     def state(self, worker: int, step: int, parts: Mapping[str, str]) -> None:
@@ -35,19 +46,26 @@ class Agreement:
         _bound(self._stated)
 
     def mark(self, worker: int, mark: Mark) -> None:
-        """Enter where a worker's loop has ended; one that owed steps and has made up for them says so again."""
-        self._marks.setdefault(mark.number, {})[worker] = mark
-        _bound(self._marks)
+        """Enter where a worker's loop has ended."""
+        self._loops.setdefault(mark.number, _Loop(mark.number)).marks[worker] = mark
+        _bound(self._loops)
+
+    def begin(self, worker: int, step: int) -> bool:
+        """Enter a step that a worker has begun; tell whether it may show that a loop goes on."""
+        self._begun[worker] = step
+        pending = [loop for loop in self._loops.values() if loop.told is not None and not loop.told.ended]
+        return any(worker not in loop.marks for loop in pending)
 
     def forget(self, worker: int) -> None:
         """Drop the word of a worker that was lost: its loop ended where it died."""
+        self._begun.pop(worker, None)
         for stated in self._stated.values():
             stated.pop(worker, None)
-        for marks in self._marks.values():
-            marks.pop(worker, None)
+        for loop in self._loops.values():
+            loop.marks.pop(worker, None)
 
     def settle(self, alive: AbstractSet[int]) -> Verdict:
-        """Compare what is complete."""
+        """Compare what is complete, and find out what is new about the ends of loops."""
         verdict = Verdict()
         for step in [s for s, stated in self._stated.items() if stated and alive <= stated.keys()]:
             stated = self._stated.pop(step)
@@ -55,11 +73,30 @@ class Agreement:
             if verdict.problem is None:
                 self._agreed_step = max(self._agreed_step, step)
                 verdict.messages.append(Agreed(step))
-        for number in [n for n, marks in self._marks.items() if marks and alive <= marks.keys()]:
-            marks = self._marks.pop(number)
-            verdict.messages.append(Marked(number, max(mark.step for mark in marks.values())))
-            verdict.problem = verdict.problem or _unequal_ends(marks)
+        for loop in [loop for loop in self._loops.values() if loop.marks]:
+            known = self._end(loop, alive)
+            if known != loop.told:
+                loop.told = known
+                verdict.messages.append(known)
+            if alive <= loop.marks.keys():
+                del self._loops[loop.number]
+                verdict.problem = verdict.problem or _unequal_ends(loop.marks)
         return verdict
+
+    def _end(self, loop: _Loop, alive: AbstractSet[int]) -> Marked:
+        """Return what is known of the end of a loop.
+
+        All workers' loops end at the same step, so the first that has come to its end and owes nothing says where that
+        is. Until then the loop makes at least the steps that somebody has begun in it, and a worker that owes one of
+        these need not hear more to make up for it: the others may be waiting for it in this very step.
+        """
+        ends = [mark.step for mark in loop.marks.values() if not mark.owed]
+        if ends:
+            return Marked(loop.number, max(ends), ended=True)
+        reached = [mark.step for mark in loop.marks.values()]
+        reached += [self._begun[k] + 1 for k in alive - loop.marks.keys() if k in self._begun]
+        reached += [] if loop.told is None else [loop.told.step]  # somebody may be making it up already
+        return Marked(loop.number, max(reached), ended=alive <= loop.marks.keys())
 
     def _difference(self, step: int, stated: Mapping[int, Mapping[str, str]]) -> str | None:
         names = {name for parts in stated.values() for name in parts}
@@ -98,8 +135,6 @@ def _unequal_ends(marks: Mapping[int, Mark]) -> str | None:
     )
 
 
-def _bound(
-    pending: dict[int, Iterable[int]] | dict[int, dict[int, Mark]] | dict[int, dict[int, Mapping[str, str]]],
-) -> None:
+def _bound(pending: dict[int, Any]) -> None:
     while len(pending) > MOST_PENDING:
         del pending[min(pending)]

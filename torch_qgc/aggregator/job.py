@@ -381,6 +381,8 @@ class Job:
                 self._temperatures[step] = begin.temperature
                 self._send(EVERYBODY, messages.Started(step, 0.0))
         self._stopwatch.begin(worker, begin, now)
+        if self._agreement.begin(worker, step):
+            self._settle_agreement(now)
 
     def _bye(self, worker: int, step: int, now: float) -> None:
         self.rounds.leave(worker, now)

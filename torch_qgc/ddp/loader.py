@@ -85,12 +85,11 @@ class Thinner:
         try:
             yield from batches
             owed = self.owed
-            if owed and self._made_steps:
+            if owed and self._began_steps:
                 told = True
-                end = self.replica.step + self.replica.loop_ended(owed=owed)
-                yield from self._make_up(end, another)
+                yield from self._make_up(self.replica.loop_ended(owed=owed), owed, another)
         finally:
-            if self._made_steps and not told:
+            if self._began_steps and not told:
                 with contextlib.suppress(Exception):  # an iterator may be closed at any time; the next step raises it
                     self.replica.loop_ended(owed=0)
 
@@ -105,21 +104,27 @@ class Thinner:
         return self._unused + replica.abandoned_steps - self._abandoned_before + newest
 
     def _begin(self) -> None:
-        self._first_step = self.replica.step
-        self._abandoned_before = self.replica.abandoned_steps
+        replica = self.replica
+        self._first_step, self._in_step_before = replica.step, replica.in_step
+        self._abandoned_before = replica.abandoned_steps
         self._unused = 0  # batches that no forward pass has seen
         self._handed_out_at = None
 
     @property
-    def _made_steps(self) -> bool:
-        return self.replica.step > self._first_step
+    def _began_steps(self) -> bool:
+        """This was a loop of the job's, and no mere look at the data, even if all its steps were given up here."""
+        replica = self.replica
+        before = self._first_step, self._in_step_before, self._abandoned_before
+        return (replica.step, replica.in_step, replica.abandoned_steps) != before
 
-    def _make_up(self, end: int, another: Callable[[], Any]) -> Iterator[Any]:
-        step = -1
-        while step < self.replica.step < end:  # until one makes no step again
-            step = self.replica.step
-            yield self.thin(another()) if self.replica.missed() else another()
-        self.replica.state_now()
+    def _make_up(self, loop: int, owed: int, another: Callable[[], Any]) -> Iterator[Any]:
+        """Hand out batches for the steps that others make in this loop, unless too many make no step again."""
+        replica, in_vain = self.replica, 0
+        while in_vain < owed and replica.owes_step(loop):
+            step = replica.step
+            yield self.thin(another()) if replica.missed() else another()
+            in_vain = 0 if replica.step > step else in_vain + 1
+        replica.state_now()
 
 
 class FollowedLoader:
@@ -215,7 +220,8 @@ class CodedLoader:
         if self._seed is not None and self._loader.generator is not None:
             self._loader.generator.manual_seed(self._seed + self.sampler.epoch)
         yield from self._thinner.loop(self._epoch(), self._another)
-        self._go_on()
+        if self._handed >= len(self.sampler):  # else the others have left it early, and the next iteration goes on
+            self._go_on()
 
     def _go_on(self) -> None:
         """Take the next epoch's order from now on, if this one's has made steps, or had none left to make."""
@@ -230,14 +236,14 @@ class CodedLoader:
     def _epoch(self) -> Iterator[Any]:
         ahead = self._loader.num_workers > 0  # batches are cut and loaded before it is known which steps close
         batches, sampler = iter(self._loader), self.sampler
-        count, first = 0, self._replica.step
+        count, first, ended = 0, self._replica.step, False
         while self._handed < len(sampler):
             if not self._replica.in_step:
                 if count and self._replica.step > first:
                     self._per_step = max(1, round(count / (self._replica.step - first)))
-                self._replay((lambda: next(batches)) if ahead else sampler.cut)
+                ended = self._replay((lambda: next(batches)) if ahead else sampler.cut)
                 count, first = 0, self._replica.step
-            if self._handed == len(sampler):
+            if ended or self._handed == len(sampler):
                 break
             thin = self._thinner.closed_without_us()
             sampler.keep = self._thinner.count if thin and not ahead else None
@@ -247,17 +253,29 @@ class CodedLoader:
             count += 1
             yield self._thinner.thin(batch) if ahead and thin else batch
 
-    def _replay(self, leave_out: Callable[[], Any]) -> None:
-        """Replay what has closed without this worker, if the user has said what the update is."""
+    def _replay(self, leave_out: Callable[[], Any]) -> bool:
+        """Replay what has closed without this worker, if the user has said what the update is.
+
+        Returns:
+            The others' loops have ended before the step that is next, and so does this one.
+        """
         replica = self._replica
         if not (replica.update.known and replica.may_be_late):
-            return
-        while self._handed < len(self.sampler) and replica.missed():
+            return False
+        replayed = False
+        while self._handed < len(self.sampler):
+            missed = replica.missed()
+            if (missed or replayed) and replica.loop_ended_elsewhere():
+                return True
+            if not missed:
+                return False
             for _ in range(min(self._per_step, len(self.sampler) - self._handed)):
                 leave_out()
                 self.sampler.sizes.popleft()
                 self._handed += 1
             replica.replay()
+            replayed = True
+        return False
 
     def _another(self) -> Any:
         """Return one more batch, for a step that this worker has to make up for."""

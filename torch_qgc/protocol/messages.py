@@ -203,10 +203,11 @@ class Agreed(msgspec.Struct, tag="agreed", frozen=True):
 
 
 class Marked(msgspec.Struct, tag="marked", frozen=True):
-    """Tell that all have come to the end of a loop, and the newest step at which one has."""
+    """Tell what is known of the end of a loop: it ends at `step`, or it makes all steps before that, and maybe more."""
 
     number: Index
     step: Step
+    ended: bool
 
 
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):

@@ -128,17 +128,36 @@ class Connection:
         """Tell where this worker's loop has ended."""
         self._say(messages.Mark(number, step, owed), 0)
 
-    def marked(self, number: int, timeout_s: float) -> int:
-        """Wait until all loops have ended, at most timeout_s; return the newest step at which one has.
+    def loop_makes(self, number: int, step: int, timeout_s: float) -> bool:
+        """Wait until it is known whether others make a step in a loop, at most timeout_s; False if it stays unknown.
 
         Raises:
-            JobFailed: the job has ended.
+            JobFailed, Refused: the job has ended.
+        """
+        ends = self._session.loop_ends  # changes while this waits
+
+        def goes_on() -> bool:
+            return number in ends and ends[number].step > step
+
+        self._wait_for(lambda: goes_on() or (number in ends and ends[number].ended), timeout_s)
+        return goes_on()
+
+    def loop_ended_before(self, number: int, step: int, timeout_s: float) -> bool:
+        """Wait until others have begun a step, or their loop has ended before it; tell whether that has.
+
+        If neither has happened after timeout_s, the answer is no.
+
+        Raises:
+            JobFailed, Refused: the job has ended.
         """
         session = self._session
-        with self._carrier.locked():
-            self._carrier.wait_for(lambda: session.error or number in session.marked_steps, timeout_s)
-            self._check()
-            return session.marked_steps.get(number, 0)
+
+        def ended() -> bool:
+            end = session.loop_ends.get(number)
+            return end is not None and end.ended and end.step <= step
+
+        self._wait_for(lambda: ended() or session.begun_step >= step, timeout_s)
+        return ended()
 
     def send_fault(self, step: int, text: str, timeout_s: float = 5.0) -> bool:
         """Make the job end on every rank: wait until every aggregator has heard it; tell whether all have.
@@ -190,11 +209,7 @@ class Connection:
 
     def wait_closed(self, step: int, timeout_s: float) -> bool:
         """Wait until a step has closed without this worker, at most timeout_s; tell whether it has."""
-        session = self._session
-        with self._carrier.locked():
-            self._carrier.wait_for(lambda: session.error or session.inbox.closed(step), timeout_s)
-            self._check()
-            return session.inbox.closed(step)
+        return self._wait_for(lambda: self._session.inbox.closed(step), timeout_s)
 
     def elapsed_s(self, step: int) -> float | None:
         """Return for how long the step's clock has been running, None if nobody has begun it."""
@@ -211,6 +226,13 @@ class Connection:
         with self._carrier.locked():
             self._session.say(message, aggregator)
             self._carrier.flush()
+
+    def _wait_for(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until a condition holds or time is up, and tell whether it does; raise if the job has ended."""
+        with self._carrier.locked():
+            self._carrier.wait_for(lambda: self._session.error or condition(), timeout_s)
+            self._check()
+            return condition()
 
     def _check(self) -> None:
         error = self._session.error

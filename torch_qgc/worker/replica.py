@@ -413,24 +413,34 @@ class Replica:
             self._connection.send_hash(self.step, self.statement.parts(self.step))
 
     def loop_ended(self, *, owed: int) -> int:
-        """Note that this worker has come to the end of a loop in which it made steps.
+        """Note that this worker has come to the end of a loop in which it made steps, and return the loop's number.
 
         Args:
             owed: batches that made no step, as far as this worker knows on it alone.
-        Returns:
-            Steps that it has made less than others in their loops, and makes up for now.
         """
-        if self._connection is None:
-            return 0
-        if not owed:
-            self.state_now()
-        self._connection.mark(self.loops, self.step, owed)
-        if not owed:
+        loop = self.loops
+        if self._connection is not None:
+            if not owed:
+                self.state_now()
+            self._connection.mark(loop, self.step, owed)
             self.loops += 1
-            return 0
-        ahead = self._connection.marked(self.loops, self.spec.join_timeout_s) - self.step
-        self.loops += 1
-        return max(ahead, 0)
+        return loop
+
+    def owes_step(self, loop: int) -> bool:
+        """Wait until it is known whether others make the next step in a loop that has ended here; tell whether."""
+        connection = self._connection
+        return connection is not None and connection.loop_makes(loop, self.step, self.spec.join_timeout_s)
+
+    def loop_ended_elsewhere(self) -> bool:
+        """Tell whether others have left their loop before the next step, while this worker replayed steps.
+
+        What ends a loop (`if state.step == n: break`) may stand in a loop body that has not run here. Waits until
+        somebody has left the loop or begun the step, for a deadline at most.
+        """
+        connection, deadline_s = self._connection, self.spec.rule.deadline_s
+        if connection is None or deadline_s is None:
+            return False
+        return connection.loop_ended_before(self.loops, self.step, deadline_s)
 
     # --- joining, leaving ---------------------------------------------------------------------------------
 

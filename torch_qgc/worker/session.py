@@ -56,7 +56,8 @@ class Session:
         self.gone: dict[int, str] = {}  # workers that are no longer in, and how they went
         self.verify_steps: set[int] = set()  # before which replicas are to be compared
         self.agreed_step = -1  # the newest before which all were found equal
-        self.marked_steps: dict[int, int] = {}  # loop -> the newest step at which one has ended
+        self.loop_ends: dict[int, messages.Marked] = {}  # what is known of the ends of loops, by number
+        self.begun_step = -1  # the newest that anybody has begun, as aggregator 0 says, which knows of loops' ends, too
         self.rejections: list[str] = []
         self.bytes_sent = self.bytes_received = 0
         self.outbox: list[Outgoing] = []
@@ -141,8 +142,10 @@ class Session:
         match message := messages.decode_from_aggregator(frames[0]):
             case messages.Result(step, chunk):
                 kept = self.inbox.put(message, frames[1:])
+                self._note_begun(aggregator, step)
                 self._trace(Event(now, "result", step, chunk, self.worker, {"kept": kept}))
             case messages.Started(step, elapsed_s):
+                self._note_begun(aggregator, step)
                 self.inbox.start(step, now - elapsed_s)
             case messages.Welcome():
                 self.welcomed.add(aggregator)
@@ -173,8 +176,9 @@ class Session:
                     self._pass_on(course, range(1, len(self.endpoints)))
             case messages.Agreed(step):
                 self.agreed_step = max(self.agreed_step, step)
-            case messages.Marked(number, step):
-                self.marked_steps = {number: step} | {n: s for n, s in self.marked_steps.items() if n > number - 4}
+            case messages.Marked(number):
+                self.loop_ends[number] = message
+                self.loop_ends.pop(number - 4, None)
             case messages.Rejected(text):
                 self.rejections = [*self.rejections[-99:], text]
                 logger.warning("worker %d: an aggregator has dropped a message: %s", self.worker, text)
@@ -209,6 +213,11 @@ class Session:
     def end(self, error: QGCError) -> None:
         """Note that this worker cannot go on; the first reason stays."""
         self.error = self.error or error
+
+    def _note_begun(self, aggregator: int, step: int) -> None:
+        """Note that somebody has begun a step; from another aggregator it may come before a loop's end is known."""
+        if aggregator == 0:
+            self.begun_step = max(self.begun_step, step)
 
     def _note_gone(self, worker: int, how: str, now: float) -> None:
         if self.gone.get(worker) == how:
