@@ -437,7 +437,7 @@ class Replica:
         What ends a loop (`if state.step == n: break`) may stand in a loop body that has not run here. Waits until
         somebody has left the loop or begun the step, for a deadline at most.
         """
-        connection, deadline_s = self._connection, self.spec.rule.deadline_s
+        connection, deadline_s = self._connection, self.courses.deadline_s(self.step)
         if connection is None or deadline_s is None:
             return False
         return connection.loop_ended_before(self.loops, self.step, deadline_s)
