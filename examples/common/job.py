@@ -91,12 +91,13 @@ class Job:
         """Meet the delay that is injected into this worker's step."""
         time.sleep(self.s.delays.seconds(self.rank, self.step))
 
-    def end_step(self, loss: Tensor) -> None:
-        """Let rank 0 say how far the job is."""
+    def end_step(self, loss: Tensor, *, completed: float | None = None) -> None:
+        """Let rank 0 say how far the job is: in steps, unless `completed` says it in something else."""
         self._steps += 1
         if self.rank == 0:
+            done = self.step if completed is None else completed
             with replacing(self.s.folder / PROGRESS) as path:
-                path.write_text(json.dumps({"completed": self.step, "loss": f"{loss.item():.2f}"}))
+                path.write_text(json.dumps({"completed": done, "loss": f"{loss.item():.2f}"}))
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[dict[str, float]]:
@@ -114,11 +115,18 @@ class Job:
             yield metrics
         self.model.train()
         self.curve.append(row | metrics)
-        content = {name: part.state_dict() for name, part in self._parts.items()} | {"curve": self.curve}
         if self.rank == 0:
-            with replacing(self.s.folder / CHECKPOINT) as path:
-                torch.save(content, path)
+            self._save(self.curve)
         self.start_clock()
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint between two steps. Of rank 0 alone, without waiting for others."""
+        self._save([*self.curve, {"step": self.step, "time_s": round(self.elapsed_s, 3)}])
+
+    def _save(self, curve: list[result.Row]) -> None:
+        content = {name: part.state_dict() for name, part in self._parts.items()} | {"curve": curve}
+        with replacing(self.s.folder / CHECKPOINT) as path:
+            torch.save(content, path)
 
     def stretch(self, data: Dataset[Any], number: int) -> list[int]:
         """Return the samples to train on before evaluation `number`, by all workers together.

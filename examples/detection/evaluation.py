@@ -21,22 +21,24 @@ class Snapshots:
 
     Args:
         folder: where they are kept, in `snapshot<step>.pt`.
-        every: a model is kept about every so many steps.
-        step: at which the job goes on; what an interrupted run kept of later steps is dropped.
+        every_s: a model is kept every so many seconds.
+        elapsed_s: at which the job goes on; what an interrupted run kept of later times is dropped.
     """
 
-    def __init__(self, folder: Path, *, every: int, step: int = 0) -> None:
-        self._folder, self._every, self._last = folder, every, step
+    def __init__(self, folder: Path, *, every_s: float, elapsed_s: float = 0.0) -> None:
+        self._folder, self._every_s, self._next_s = folder, every_s, elapsed_s + every_s
         for path in folder.glob("snapshot*.pt"):
-            if int(path.stem.removeprefix("snapshot")) > step:
+            if torch.load(path, weights_only=True)["time_s"] > elapsed_s:
                 path.unlink(missing_ok=True)
 
-    def take(self, model: nn.Module, step: int, time_s: float) -> None:
-        """Keep the model if it is time to."""
-        if step >= self._last + self._every:
-            self._last = step
-            with replacing(self._folder / f"snapshot{step:06d}.pt") as path:
-                torch.save({"step": step, "time_s": time_s, "model": model.state_dict()}, path)
+    def take(self, model: nn.Module, step: int, time_s: float) -> bool:
+        """Keep the model if it is time to; tell whether it was."""
+        if time_s < self._next_s:
+            return False
+        self._next_s += self._every_s
+        with replacing(self._folder / f"snapshot{step:06d}.pt") as path:
+            torch.save({"step": step, "time_s": time_s, "model": model.state_dict()}, path)
+        return True
 
 
 def snapshots(folder: Path) -> Iterator[dict[str, Any]]:
