@@ -41,7 +41,7 @@ def mlp(*, width: int = 64, seed: int = 0, batch_norm: bool = False) -> torch.nn
 
 def coded(model: torch.nn.Module, **options: Any) -> tuple[DistributedDataParallel, qgc.QGCState]:
     ddp = DistributedDataParallel(model, broadcast_buffers=False)
-    state = qgc.QGCState(ddp, **{"limits": qgc.Limits(chunk_numel=512), **options})
+    state = qgc.QGCState(ddp, **{"limits": qgc.Limits(chunk_numel=512), "deadline_s": None, **options})
     ddp.register_comm_hook(state, qgc.qgc_hook)
     return ddp, state
 
@@ -161,7 +161,7 @@ def loss_curve(rank: int, code: bool, seed: int) -> np.ndarray:
     ddp = DistributedDataParallel(mlp(seed=seed))
     state = None
     if code:
-        state = qgc.QGCState(ddp, bits_per_coordinate=4, seed=seed)
+        state = qgc.QGCState(ddp, bits_per_coordinate=4, seed=seed, deadline_s=None)
         ddp.register_comm_hook(state, qgc.qgc_hook)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     x, y = dataset().tensors
@@ -266,7 +266,7 @@ def rebuilt_buckets(rank: int, static_graph: bool) -> tuple[list[int], str]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(200, 200) for _ in range(6)])
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.3, static_graph=static_graph)
-    state = qgc.QGCState(ddp, bits_per_coordinate=32)
+    state = qgc.QGCState(ddp, bits_per_coordinate=32, deadline_s=None)
     buckets: list[int] = []
 
     def hook(state: qgc.QGCState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -299,7 +299,7 @@ def buffers_job(rank: int) -> tuple[list[str], list[float], bool]:
     ddp = DistributedDataParallel(mlp(batch_norm=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        state = qgc.QGCState(ddp)
+        state = qgc.QGCState(ddp, deadline_s=None)
     state.close()
     statistics = ddp.module[1].running_mean
     statistics.fill_(float(rank))

@@ -8,6 +8,7 @@ from torch_qgc.job.courses import Courses
 from torch_qgc.job.rounds import Closing
 from torch_qgc.kernels import derive_key
 from torch_qgc.kernels.buffers import Payload, decode_sum, encode
+from torch_qgc.planner.temperature import LEAST
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.messages import ABSENT, Result, encode_message
 
@@ -22,19 +23,23 @@ class RoundDecoder:
     def __init__(self, spec: JobSpec, courses: Courses, threads: int = 1) -> None:
         self._spec, self._courses, self._threads = spec, courses, threads
 
-    def decode(self, closing: Closing[Payload]) -> list[bytes | memoryview]:
+    def decode(self, closing: Closing[Payload], temperature: float) -> list[bytes | memoryview]:
         """Decode a round.
 
-            ghat = sum over payloads i of c_k(i) Q(h_i),   c_k = m_k / r_k        (docs/runtime.md)
+            ghat = sum over payloads i of c_k(i) Q(h_i),   c_k = m_k / r_k or as the plan's decoder says
 
         m_k is the share of worker k in the step that the payload was made for.
 
+        Args:
+            temperature: of the step; see `torch_qgc.planner.temperature`.
         Returns:
             The frames of its Result: header and payload.
         """
         spec, plan = self._spec, self._courses.at(closing.step).plan
+        # The shares of the dead are spread over the living, and so is what "annealed" lets a payload weigh at most.
+        temperature = max(temperature * min(float(plan.shares[closing.alive].sum()), 1.0), LEAST)
         weighed = {
-            course.version: course.plan.coefficients(closing.counts, rates=closing.rates)
+            course.version: course.plan.coefficients(closing.counts, rates=closing.rates, temperature=temperature)
             for course in {made_for: self._courses.at(made_for) for _, made_for, _ in closing.payloads}.values()
         }
         offset, numel = spec.chunk_span(closing.chunk)
@@ -53,7 +58,7 @@ class RoundDecoder:
             closing.step,
             closing.chunk,
             spec.downlink_bits,
-            plan.second_scale(closing.counts, rates=closing.rates),
+            plan.second_scale(closing.counts, rates=closing.rates, temperature=temperature),
             np.where(closing.alive, closing.counts.clip(max=_MOST), ABSENT).astype(np.uint8).tobytes(),
         )
         return [encode_message(header), memoryview(encoded.buffer)]

@@ -21,6 +21,7 @@ from torch_qgc.kernels import payload_bytes
 from torch_qgc.kernels.buffers import Payload
 from torch_qgc.logs import logger
 from torch_qgc.planner import Plan
+from torch_qgc.planner.temperature import LEAST
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
 
@@ -69,6 +70,7 @@ class Job:
             trace=trace,
         )
         self._decides = index == 0  # about new plans
+        self._temperatures: dict[int, float] = {}  # of the steps that are open
         self._stopwatch = Stopwatch(len(spec.owned_by(index)))
         self._steering: Steering | None = None
         if self._decides and spec.replan_every:
@@ -258,7 +260,7 @@ class Job:
             )
 
     def _publish(self, closing: Closing[Payload]) -> None:
-        frames = self._decoder.decode(closing)
+        frames = self._decoder.decode(closing, self._temperatures.get(closing.step, LEAST))
         self.log.put(closing.step, closing.chunk, frames)
         self.outbox.append((EVERYBODY, frames))
         self.stats["rounds"] += 1
@@ -325,6 +327,9 @@ class Job:
                 self._has_been_late.add(worker)
                 self._send(EVERYBODY, messages.Verify(self.rounds.newest + 2))
         elif self.rounds.begin(worker, step, now):
+            oldest = self.rounds.oldest
+            self._temperatures = {s: theta for s, theta in self._temperatures.items() if s >= oldest}
+            self._temperatures[step] = begin.temperature
             self._send(EVERYBODY, messages.Started(step, 0.0))
 
     def _bye(self, worker: int, step: int, now: float) -> None:

@@ -7,7 +7,7 @@ import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_qgc.aggregator.process import AggregatorProcess
 from torch_qgc.errors import ConfigError, JobFailed, QGCError
+from torch_qgc.logs import logger
 from torch_qgc.worker.layout import Layout
 
-__all__ = ["Network", "agree", "check_model", "check_step", "exchanged_parameters", "start_aggregators"]
+__all__ = [
+    "Network",
+    "agree",
+    "check_model",
+    "check_step",
+    "exchanged_parameters",
+    "start_aggregators",
+    "usable_deadline",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +47,29 @@ class Network:
     trace: str | None = None
 
 
-def check_model(model: Any, *, may_be_late: bool) -> DistributedDataParallel:
+def usable_deadline(model: Any, deadline_s: float | Literal["auto"] | None) -> float | Literal["auto"] | None:
+    """Return the deadline, or None instead of "auto" where the model itself makes every rank wait for every other.
+
+    Raises:
+        ConfigError: a deadline was asked for, and the model makes it useless; names the remedy.
+    """
+    synced = [name for name, m in model.module.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    if deadline_s is None or not synced:
+        return deadline_s
+    problem = (
+        f"SyncBatchNorm ({synced[0]}{', ...' if len(synced) > 1 else ''}) makes every rank wait for every other in "
+        "each forward pass: use BatchNorm, whose statistics state.sync_buffers() averages before you evaluate, or "
+        "deadline_s=None"
+    )
+    if deadline_s != "auto":
+        raise ConfigError(problem)
+    logger.warning("steps wait for all ranks: %s", problem)
+    return None
+
+
+def check_model(model: Any) -> DistributedDataParallel:
     """Refuse what cannot work, switch off what would bring the waiting back.
 
-    Args:
-        may_be_late: steps close at a deadline.
     Raises:
         ConfigError: names the remedy.
     """
@@ -63,13 +90,6 @@ def check_model(model: Any, *, may_be_late: bool) -> DistributedDataParallel:
         raise ConfigError(
             "DDP(delay_all_reduce_named_params=...) all-reduces these parameters by itself, past the communication "
             "hook: leave it out"
-        )
-    synced = [name for name, m in model.module.named_modules() if isinstance(m, torch.nn.SyncBatchNorm)]
-    if synced and may_be_late:
-        raise ConfigError(
-            f"SyncBatchNorm ({synced[0]}{', ...' if len(synced) > 1 else ''}) makes every rank wait for every other in "
-            "each forward pass: use BatchNorm, whose statistics state.sync_buffers() averages before you evaluate, or "
-            "deadline_s=None"
         )
     if model.broadcast_buffers and any(True for _ in model.module.buffers()):
         model.broadcast_buffers = False

@@ -47,7 +47,7 @@ def choose_plan(
     """
     if plan is None:
         probs = [0.05] * workers if straggle_probs is None else list(straggle_probs)
-        return make_plan(probs, bits_per_coordinate=bits_per_coordinate)
+        return make_plan(probs, bits_per_coordinate=bits_per_coordinate, decoder="annealed")
     if straggle_probs is not None:
         raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")
     return plan

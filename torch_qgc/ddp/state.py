@@ -18,6 +18,7 @@ from torch_qgc.ddp.rendezvous import (
     check_step,
     exchanged_parameters,
     start_aggregators,
+    usable_deadline,
 )
 from torch_qgc.ddp.settings import Limits, choose_plan, closing_rule, job_spec
 from torch_qgc.ddp.thin import first_samples
@@ -54,7 +55,9 @@ class QGCState:
         plan: who answers for which data, with how many bits; made from the next two if None.
         straggle_probs: [K] how often each worker will be late, as a prior: the running job measures it. None: 0.05.
         bits_per_coordinate: average over workers, 2..16, or 32 for no quantization.
-        deadline_s: seconds after a step's first BEGIN at which it closes; None waits for all, as DDP does.
+        deadline_s: seconds after a step's first BEGIN at which it closes; None waits for all, as DDP does. "auto"
+            waits for all until it is known how long the workers take, then closes steps when that reaches a given loss
+            soonest; if nothing is gained by it, steps go on waiting for all.
         late: "fold" lets late payloads enter the open round, "drop" discards them as in Song & Choi.
         warmup_steps: that many first steps wait for all; at least 2, since DDP rebuilds its buckets there.
         quorum: a step is never closed on fewer arrivals; None: half of the workers.
@@ -65,6 +68,9 @@ class QGCState:
             about 1/300 of the noise of a 4-bit uplink.
         aggregators: how many share the chunks; more balance the traffic (aggregator i runs on rank i mod K).
         seed: of the codec's random numbers.
+        replan_every: steps between two looks at why workers are slow, after which batches (of `state.loader`), bits
+            and an "auto" deadline are chosen anew, also sooner if a worker changes, is lost or comes; 0: never; None:
+            50 with an "auto" deadline, else 0.
         verify_every: steps between comparisons of all replicas' parameters; 0 never compares.
         limits, network: bounds, and how the aggregators are reached.
         process_group: the workers; DDP's own if None.
@@ -87,7 +93,7 @@ class QGCState:
         plan: Plan | None = None,
         straggle_probs: Sequence[float] | None = None,
         bits_per_coordinate: float = DEFAULT_BITS_PER_COORDINATE,
-        deadline_s: float | Literal["auto"] | None = None,
+        deadline_s: float | Literal["auto"] | None = "auto",
         late: Literal["fold", "drop"] = "fold",
         warmup_steps: int = 3,
         quorum: int | None = None,
@@ -105,7 +111,9 @@ class QGCState:
     ) -> None:
         group = process_group if process_group is not None else getattr(model, "process_group", None)
         with agree(group):
-            self._model = check_model(model, may_be_late=deadline_s is not None)
+            self._model = check_model(model)
+            replans = replan_every if replan_every is not None else 50 * (deadline_s == "auto")
+            deadline_s = usable_deadline(self._model, deadline_s)
             self._group: dist.ProcessGroup = group  # type: ignore[assignment]  # check_model has seen that it is one
             self.rank, self.workers = dist.get_rank(group), dist.get_world_size(group)
             plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
@@ -128,7 +136,7 @@ class QGCState:
                 aggregators=aggregators,
                 downlink_bits=downlink_bits,
                 verify_every=verify_every,
-                replan_every=replan_every if replan_every is not None else 50 * (deadline_s == "auto"),
+                replan_every=replans,
                 limits=limits,
             )
         endpoints, children = start_aggregators(group, aggregators, network)
@@ -315,6 +323,7 @@ class QGCState:
             rates=self.replica.rates.overall().tolist(),
             loaders=[loader.state_dict() for loader in self._loaders],
             plan=self.plan.to_json(),
+            peak_lr=self.replica.thermometer.peak,
         ).to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -326,6 +335,7 @@ class QGCState:
         found = Checkpoint.from_dict(state_dict)
         plan = found.informed(self.plan)
         self.replica.start_at(found.step, found.seed, plan)
+        self.replica.thermometer.peak = found.peak_lr
         self._positions = list(found.loaders)
         for loader in self._loaders[: len(self._positions)]:
             loader.load_state_dict(self._positions.pop(0))

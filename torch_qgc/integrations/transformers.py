@@ -59,7 +59,7 @@ class QGCCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._thinner: Thinner | None = None
         self._model: Any = None
         self._averages_buffers = False
-        _check(trainer, may_be_late=options.get("deadline_s") is not None)
+        _check(trainer, may_be_late=options.get("deadline_s", "auto") is not None)
         samples = trainer.get_batch_samples
 
         def thinned(epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ class QGCCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
                 f"{type(model).__name__}: start the script with torchrun or accelerate launch, on at least two "
                 "processes, without DeepSpeed or FSDP"
             )
-        may_be_late = self._options.get("deadline_s") is not None
+        may_be_late = self._options.get("deadline_s", "auto") is not None
         if may_be_late and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
             raise ConfigError(
                 "a training loader that rank 0 reads and broadcasts makes every rank wait in each step: "

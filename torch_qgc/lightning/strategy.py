@@ -74,7 +74,7 @@ class QGCStrategy(DDPStrategy):
 
     @property
     def _waits_for_all(self) -> bool:
-        return self._state_options.get("deadline_s") is None
+        return self._state_options.get("deadline_s", "auto") is None
 
     @property
     def _training(self) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 
 from torch_qgc.errors import ProtocolError
 from torch_qgc.planner import Plan
+from torch_qgc.planner.temperature import LEAST
 from torch_qgc.protocol.contract import MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
 
 __all__ = [
@@ -81,6 +82,8 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
     thin: bool = False
     batch: Units = 0.0  # samples, in units of the mean batch; 0: the user's own loader, whose batches are not ours
     outside_s: Seconds = 0.0  # since the result of the step before: update, data, whatever the loop does
+    # The learning rate over its peak so far, the same on all ranks; next to 0 as long as it has never changed.
+    temperature: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = LEAST
 
 
 class Push(msgspec.Struct, tag="push", frozen=True):

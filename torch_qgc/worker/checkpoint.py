@@ -27,6 +27,7 @@ class Checkpoint:
         rates: [K] contributions of each worker per round, as measured lately.
         loaders: position of each of the state's loaders, in the order in which they were made.
         plan: JSON, for the record: `Plan.from_json(checkpoint["plan"])`.
+        peak_lr: the highest learning rate so far.
     """
 
     step: int
@@ -34,6 +35,7 @@ class Checkpoint:
     rates: list[float]
     loaders: list[dict[str, int]]
     plan: str
+    peak_lr: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict that torch.save and torch.load(weights_only=True) take."""

@@ -82,11 +82,11 @@ class Connection:
                     f"{timeout_s:.0f} s: is it running and reachable, and has worker 0 joined?"
                 )
 
-    def begin(self, step: int, *, thin: bool = False, batch: float = 0.0, outside_s: float = 0.0) -> None:
-        """Announce the step's forward pass to every aggregator; `torch_qgc.protocol.messages.Begin` says what."""
+    def begin(self, step: int, *, thin: bool = False, **facts: float) -> None:
+        """Announce the step's forward pass to every aggregator; `facts` are those of `messages.Begin`."""
         with self._carrier.locked():
             self._began_at_s = self._carrier.now()
-            self._session.begin(messages.Begin(step, thin, batch, outside_s))
+            self._session.begin(messages.Begin(step, thin, **facts))
             self._carrier.flush()
 
     def push(self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Any, float, float]]) -> None:

@@ -24,6 +24,7 @@ from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.planner import Plan
 from torch_qgc.planner.batches import apportion
+from torch_qgc.planner.temperature import LEAST, Thermometer
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.buffers import KeptBuffers
@@ -89,6 +90,8 @@ class Replica:
         self._begun_at_s = 0.0
         self._made_at_s: float | None = None  # the step before
         self.batch = 0.0  # samples of the batch at hand, in units of the mean batch; 0: not from a loader of ours
+        self.thermometer = Thermometer()  # of the learning rate
+        self._lr_changes = False
         self._batch_sizes: dict[tuple[int, int], int] = {}  # (plan's version, mean) -> this worker's
         self._pace = Pace()  # of full steps
         self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
@@ -233,7 +236,18 @@ class Replica:
         self._begun_at_s = self._now()
         self._spans.mark("begin", step=self.step, thin=thin)
         outside_s = 0.0 if self._made_at_s is None else self._begun_at_s - self._made_at_s
-        connection.begin(self.step, thin=thin, batch=self.batch, outside_s=outside_s)
+        connection.begin(self.step, thin=thin, batch=self.batch, outside_s=outside_s, temperature=self._temperature())
+
+    def _temperature(self) -> float:
+        """Return the temperature of the step, see `torch_qgc.planner.temperature`.
+
+        A learning rate that nobody has set out to change stays what it is, and what is decoded is to be unbiased with
+        it: its temperature is next to 0.
+        """
+        lr, scheduled = self.statement.learning_rate()
+        before, theta = self.thermometer.peak, self.thermometer.read(lr)
+        self._lr_changes |= scheduled or theta < 1.0 or 0.0 < before < lr
+        return theta if self._lr_changes else LEAST
 
     def backward_begins(self) -> None:
         """A backward pass through DDP's outputs begins. Called by autograd."""
@@ -387,7 +401,7 @@ class Replica:
         self._state_if_due()
         scale = self.update.loss_scale()
         self.position.go("replay")
-        connection.begin(self.step, thin=True)
+        connection.begin(self.step, thin=True, temperature=self._temperature())
         with self._spans("replay", step=self.step):
             exchange.receive(self.step, self._note)
             for p, slot in zip(self.layout.parameters, self.layout.slots):

@@ -39,6 +39,11 @@ class Statement:
         if all(optimizer is not known for known in self._optimizers.values()):
             self._optimizers[f"{type(optimizer).__name__}{len(self._optimizers) or ''}"] = optimizer
 
+    def learning_rate(self) -> tuple[float, bool]:
+        """Return the optimizers' highest learning rate, and whether a scheduler of torch's is set to change one."""
+        groups = [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
+        return max((float(g["lr"]) for g in groups if "lr" in g), default=0.0), any("initial_lr" in g for g in groups)
+
     def add(self, name: str, what: Verifiable) -> None:
         """State something else, too."""
         self._extra[name] = what
