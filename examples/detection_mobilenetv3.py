@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import typer
 from common import hooks
-from common.files import replacing
 from common.job import Job
 from common.launcher import JobError
 from common.packages import DownloadError
@@ -65,16 +64,16 @@ def train(s: Settings) -> None:
         # DDP averages over ranks; where data can move, it is samples that count alike.
         weight = float(sizes[job.rank] / sizes.mean()) if s.panel == "moves" else 1.0
 
-    factor = warmup_cosine(s.seconds, warmup_fraction=s.warmup_fraction)
+    factor = warmup_cosine(s.total_s, warmup_fraction=s.warmup_fraction)
     scheduler = LambdaLR(optimizer, lambda step: factor(worker.seconds(step)))
     if state:
         state.bind(optimizer, scheduler=scheduler)  # so that a late worker can repeat the steps that it missed
 
     job.start(model, optimizer, scheduler, state)
-    worker.start(job.step, job.elapsed_s)
-    snapshots = Snapshots(s.folder, every_s=s.seconds / s.snapshots, elapsed_s=job.elapsed_s)
+    worker.start(job.step, job.began_s)
+    snapshots = Snapshots(s.folder, every_s=s.total_s / s.snapshots, elapsed_s=job.began_s)
     for images, targets in forever(loader):
-        if worker.seconds(job.step) >= s.seconds:
+        if worker.seconds(job.step) >= s.total_s:
             break
         loss = sum(ddp(images, targets).values())
         worker.compute(len(images))  # the time that its machine takes
@@ -89,18 +88,14 @@ def train(s: Settings) -> None:
         if job.rank == 0 and snapshots.take(model, job.step, job.elapsed_s):
             job.checkpoint()
 
+    ended_s = job.elapsed_s
     worker.stop()
-    torch.save(
-        {"computed": state.report().computed_steps if state else job.step, "buffers": dict(model.named_buffers())},
-        s.folder / f"buffers{job.rank}.pt",
-    )
     if state:
         state.sync_buffers()  # BatchNorm's statistics, which each worker has gathered for itself
     with job.evaluation():
         pass  # models are judged when all jobs have ended
     if job.rank == 0:
-        with replacing(s.folder / "model.pt") as path:
-            torch.save(model.state_dict(), path)
+        snapshots.keep(model, job.step, ended_s)
     job.finish(s.variant.title)
     if state:
         state.close()
@@ -117,7 +112,7 @@ def options(s: Settings, held: list[list[int]]) -> dict:
         plan = {"plan": qgc.make_plan([0.05] * s.workers, **own)} if own else {}
         return {"deadline_s": "auto", "downlink_bits": s.downlink_bits, **plan}
     plan = qgc.make_plan([0.0] * s.workers, bits_per_coordinate=32, decoder="uncorrected", **own)
-    return {"plan": plan, "deadline_s": s.deadline_s, "late": "drop"}
+    return {"plan": plan, "deadline_s": s.deadline_s * s.pace, "late": "drop"}
 
 
 @app.command("train")
@@ -140,7 +135,7 @@ def compare(
     backbone: Annotated[Literal["small", "large"], typer.Option()] = "small",
     size: Annotated[int, typer.Option(help="Side of the model's input, pixels.")] = Settings.size,
     batch_size: Annotated[int, typer.Option(help="Images per worker and step.")] = Settings.batch_size,
-    lr: Annotated[float, typer.Option(help="Adam's peak learning rate.")] = Settings.lr,
+    lr: Annotated[float | None, typer.Option(help="Adam's peak learning rate; each job's own best by default.")] = None,
     seed: Annotated[int, typer.Option()] = Settings.seed,
     out: Annotated[Path, typer.Option(help="Where logs, figures and the report go.")] = Path("demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
@@ -148,7 +143,45 @@ def compare(
     """Train in several ways for the same time, and compare."""
     if context.invoked_subcommand is not None:
         return
-    raise NotImplementedError
+    _check(job or [], JOBS | VARIANTS, "--job")
+    _check(panel or [], PANELS, "--panel")
+    if (data == "coco") != (root is not None):
+        raise typer.BadParameter("--data coco and --root DIR belong together", param_hint="--root")
+    shared = Settings(
+        data=(root or data_dir).resolve(),
+        folder=out.resolve(),
+        seconds=12.0 if quick else seconds,
+        snapshots=2 if quick else Settings.snapshots,
+        stop_s=1.0 if quick else Settings.stop_s,
+        batch_size=batch_size,
+        backbone=backbone,
+        size=size,
+        seed=seed,
+        resume=resume,
+    )
+    from detection import demo, rendering  # not above: matplotlib would cost each worker a second
+
+    console = Console()
+    try:
+        if data != "coco":
+            with console.status("Preparing the data (once)"):
+                made = rendering.digits(data_dir, seed=seed) if data == "digits" else rendering.trees(data_dir)
+            shared = dataclasses.replace(shared, data=made.resolve())
+        chosen = [
+            dataclasses.replace(shared, panel=p, job=j, lr=lr or demo.tuned_lr(p, j), folder=shared.folder / p / j)
+            for p in panel or (PANELS if everything else demo.PANELS)
+            for j in job or (JOBS if everything else demo.JOBS)
+        ]
+        demo.run(Path(__file__).resolve(), chosen, shared.folder, console)
+    except (DownloadError, JobError, FileNotFoundError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+
+
+def _check(given: list[str], known: dict, option: str) -> None:
+    unknown = set(given) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"expected {', '.join(known)}, got {', '.join(unknown)}", param_hint=option)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Machines that are slow for a reason: this machine's equal processes, made unequal in the ways that real ones are."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: DDP inspects the hook's annotations and refuses strings.
 import os
 import subprocess
 import time
@@ -34,6 +33,16 @@ class Machine:
     link_bytes_per_s: float | None = None
     pause_every_s: float = 0.0
     pause_s: float = 0.0
+
+    def at_pace(self, pace: float) -> "Machine":
+        """Return the machine that takes so many times as long for everything."""
+        link = self.link_bytes_per_s
+        return Machine(
+            sample_s=self.sample_s * pace,
+            link_bytes_per_s=None if link is None else link / pace,
+            pause_every_s=self.pause_every_s * pace,
+            pause_s=self.pause_s * pace,
+        )
 
     def pauses(self, total_s: float, rng: np.random.Generator) -> list[tuple[float, float]]:
         """Draw when it stands still, and for how long: seconds, in order, without overlaps."""

@@ -116,7 +116,7 @@ def batch_sizes(s: Settings, *, gradient_bytes: int) -> Ints:
     Args:
         gradient_bytes: in fp32.
     """
-    machines = [MACHINES[worker] for worker in s.variant.workers]
+    machines = s.machines
     batches = np.ones(len(machines))
     if s.variant.by_speed:
         ring = 2 * (len(machines) - 1) / len(machines) * gradient_bytes

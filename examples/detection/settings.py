@@ -10,7 +10,7 @@ from common.machines import Machine
 
 MACHINES = (
     Machine(sample_s=0.02),
-    Machine(sample_s=0.02, pause_every_s=8.0, pause_s=1.5),
+    Machine(sample_s=0.02, pause_every_s=4.0, pause_s=1.5),
     Machine(sample_s=0.02, link_bytes_per_s=12.5e6),  # 100 Mbit/s
     Machine(sample_s=0.08),  # a processor that is four times slower
 )
@@ -74,6 +74,8 @@ class Settings:
         lr: Adam's peak learning rate.
         snapshots: how many models are kept along the way, for the curve.
         stop_s: for so many seconds a worker is stopped in the middle of the job; 0: it is not.
+        pace: how many times as long everything takes that is emulated, and the job. More: what this machine's own
+            cores take matters less, where they are busy or slow.
         resume: go on from the checkpoint in `folder`, if there is one.
     """
 
@@ -91,6 +93,7 @@ class Settings:
     warmup_fraction: float = 0.1
     snapshots: int = 12
     stop_s: float = 6.0
+    pace: float = 1.0
     seed: int = 0
     resume: bool = False
 
@@ -98,6 +101,16 @@ class Settings:
     def variant(self) -> Job:
         """The job."""
         return (JOBS | VARIANTS)[self.job]
+
+    @property
+    def machines(self) -> tuple[Machine, ...]:
+        """Those of the workers that take part."""
+        return tuple(MACHINES[worker].at_pace(self.pace) for worker in self.variant.workers)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds that the job really takes."""
+        return self.seconds * self.pace
 
     @property
     def workers(self) -> int:

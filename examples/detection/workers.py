@@ -9,7 +9,7 @@ from common.clock import SharedClock
 from common.machines import Emulation
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.settings import MACHINES, PAUSES, Settings
+from detection.settings import PAUSES, Settings
 from torch_qgc.aggregator.process import AggregatorProcess
 from torch_qgc.ddp.rendezvous import Network
 
@@ -19,7 +19,7 @@ class Worker:
 
     def __init__(self, s: Settings, rank: int) -> None:
         self._s, self._rank, self._number = s, rank, s.variant.workers[rank]
-        self._machine = MACHINES[self._number]
+        self._machine = s.machines[rank]
         self._emulation = Emulation(self._machine)
         self._aggregator: AggregatorProcess | None = None
         self._clock: SharedClock | None = None
@@ -43,11 +43,11 @@ class Worker:
         s = self._s
         file = s.folder / "clock"
         self._clock = SharedClock(file, step=step, elapsed_s=elapsed_s)
-        pauses = self._machine.pauses(s.seconds, np.random.default_rng([s.seed, self._number]))
+        pauses = self._machine.pauses(s.total_s, np.random.default_rng([s.seed, self._number]))
         if self._number == PAUSES and s.stop_s:
-            middle_s = s.seconds / 2
-            kept = [(at, length) for at, length in pauses if not middle_s <= at + length or at > middle_s + s.stop_s]
-            pauses = sorted([*kept, (middle_s, s.stop_s)])
+            middle_s, stop_s = s.total_s / 2, s.stop_s * s.pace
+            kept = [(at, length) for at, length in pauses if not middle_s <= at + length or at > middle_s + stop_s]
+            pauses = sorted([*kept, (middle_s, stop_s)])
         self._emulation.stand_still([(at - elapsed_s, length) for at, length in pauses if at >= elapsed_s])
 
     def seconds(self, step: int) -> float:
