@@ -32,7 +32,9 @@ from torch.utils.data import TensorDataset
 from torch_qgc.planner import make_plan
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import IDEAL, Trace, simulate
-from torch_qgc.simulator.arrivals import DelaySource, JobRounds
+from torch_qgc.simulator.arrivals import JobRounds
+from torch_qgc.simulator.delays import DelaySource
+from torch_qgc.simulator.machines import Load
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from common import digits
@@ -115,7 +117,8 @@ def _small(part: TensorDataset) -> TensorDataset:
 
 def steps_within(horizon_s: float, table: np.ndarray, rule: ClosingRule, plan: Any) -> int:
     """Return how many steps a job closes in that time: the clock does not depend on what is computed."""
-    clock = JobRounds(DelaySource(table, WORKERS, 0), rule, np.ones(WORKERS, dtype=bool), plan, log_steps=512)
+    delays, load = DelaySource(table, WORKERS, 0), Load.plain(WORKERS)
+    clock = JobRounds(delays, rule, np.ones(WORKERS, dtype=bool), plan, load=load, log_steps=512)
     step = 0
     while clock.close(step).closed_at_s <= horizon_s:
         step += 1

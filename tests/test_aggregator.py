@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.aggregator.decoder import RoundDecoder
+from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Event
+from torch_qgc.job.rounds import Closing
 from torch_qgc.kernels import derive_key, encode
 from torch_qgc.kernels.buffers import Payload
 from torch_qgc.planner import Plan, make_plan
@@ -93,6 +96,43 @@ def test_the_time_average_is_unbiased_when_a_worker_misses_several_steps_at_a_ti
     if late == "fold":
         assert job.aggregator.stats["folded"] > 0
         assert job.aggregator.stats["dropped"] == 0
+
+
+def test_control_variates_leave_the_time_average_unbiased_and_make_rounds_steadier() -> None:
+    plan = make_plan([0.1] * 4, bits_per_coordinate=8, noise_ratio=1.0)
+    g = gradients(4)
+    true = (torch.tensor(plan.shares) @ g.double()).numpy()
+    spread = {}
+    for variates in (False, True):
+        rng = np.random.default_rng(0)
+        spec = make_spec(plan, late="fold", control_variates=variates, max_staleness=64)
+        job = Job(
+            plan, spec, g, lambda k, step, rng=rng: 0.5 + 4.0 * (rng.random() < 0.1)
+        )  # anybody pauses now and then
+        job.run(800)
+        decoded = torch.stack(job.decoded[100:]).double().numpy()
+        assert_mean_is(np.stack([part.mean(0) for part in np.array_split(decoded, 10)]), true, slack=8 / 70)
+        spread[variates] = np.mean(np.sum((decoded - true) ** 2, axis=1))
+    assert spread[True] < 0.3 * spread[False]
+
+
+def test_the_largest_weight_of_annealed_is_spread_as_the_shares_of_the_dead_are() -> None:
+    plan = make_plan([0.5] * 4, bits_per_coordinate=32, decoder="annealed")
+    closing: Any = Closing(
+        5,
+        0,
+        [(k, 5, Payload(np.ones(512, dtype=np.float32), 512, 32)) for k in range(3)],
+        np.array([1, 1, 1, 0]),
+        np.array([1.0, 0.5, 0.2, 1.0]) * 0.75,  # worker 3 is dead
+        np.array([True, True, True, False]),
+        False,
+        0.0,
+    )
+    spec = make_spec(plan)
+    for temperature in (1.0, 0.5, 1e-12):
+        frames = RoundDecoder(spec, Courses(spec.rule, plan)).decode(closing, temperature)
+        weight = sum(0.25 * min(1 / r, 1 / temperature) for r in (1.0, 0.5, 0.2)) / 0.75
+        np.testing.assert_allclose(np.frombuffer(frames[1], dtype=np.float32), weight, rtol=1e-6)
 
 
 def test_folding_keeps_what_a_late_worker_computed() -> None:

@@ -208,7 +208,7 @@ def test_bad_tables_and_budgets_are_refused(table: list[list[float]], budget: in
 
 
 @pytest.mark.parametrize(
-    ("most_bits", "message"), [([3, 1], "the least bits of worker 1, got 1"), ([3, 3, 3], "shape"), (np.nan, "nan")]
+    ("most_bits", "message"), [([3, 1], "worker 1 has none; .*raise most_bits"), ([3, 3, 3], "shape"), (np.nan, "nan")]
 )
 def test_caps_that_leave_nothing_are_refused(most_bits: ArrayLike, message: str) -> None:
     with pytest.raises(PlanError, match=message):

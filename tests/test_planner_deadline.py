@@ -141,6 +141,19 @@ def test_without_anybody_late_a_job_waits_for_all(model: DelayModel) -> None:
     assert not waiting.staleness.any()
 
 
+def test_what_never_comes_is_lost() -> None:
+    delays = np.ones((4, 3))
+    delays[:2, 2] = np.inf
+    job = JobRounds(Empirical(delays_s=delays, caution=0.0))
+    cadence = job.cadence(1.5)
+    np.testing.assert_allclose(cadence.counted, [1.0, 1.0, 0.5])
+    assert cadence.rates[2] < 0.5
+    assert job.waiting().round_s == np.inf
+    exponential = ShiftedExponential(mu=np.array([1.0, 1.0]), shift=1.0)
+    assert job.search_s[1] == 2.0
+    assert JobRounds(exponential).search_s[1] < 10.0
+
+
 def test_payloads_that_are_too_old_do_not_count() -> None:
     delays = np.tile([1.0, 1.0, 1.0, 8.5], (3, 1))
     rates = [

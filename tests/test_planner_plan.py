@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, sparse
 
+from torch_qgc.ddp.settings import choose_plan
 from torch_qgc.errors import PlanError
 from torch_qgc.planner import Plan, PlanOptions, make_plan, quantization_variance
 from torch_qgc.planner.shares import error_factors
@@ -99,6 +100,13 @@ def test_32_bits_per_coordinate_means_no_quantization() -> None:
     assert not plan.variance.any()
     p = np.array(REFERENCE)
     assert plan.residual_bound == pytest.approx(1 / np.sum((1 - p) / p))
+
+
+def test_a_job_without_a_plan_has_that_of_make_plan() -> None:
+    assert choose_plan(None, 4, None, 4) == make_plan([0.05] * 4)
+    assert make_plan([0.1, 0.3]) == make_plan([0.1, 0.3], noise_ratio=1.0, second_track="hajek")
+    for decoder in ("uncorrected", "unbiased"):
+        make_plan([0.1, 0.3], decoder=decoder).check_trainable()
 
 
 def test_the_default_is_four_bits() -> None:

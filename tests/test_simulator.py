@@ -283,7 +283,7 @@ def test_a_second_track_of_its_own_is_decoded_with_its_coefficients() -> None:
     rows = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
     payloads = {(k, 5): codec.encode(k, 5, rows[k], delivered=True) for k in range(3)}
     tracks = [torch.zeros(700), torch.zeros(700)]
-    codec.decode([Contribution(k, 5, 1) for k in (0, 2)], payloads, None, tracks)
+    codec.decode([Contribution(k, 5, 1) for k in (0, 2)], payloads, None, tracks, step=5)
     arrived = np.array([1, 0, 1])
     second = plan.second_coefficients(arrived)
     assert second is not None

@@ -18,7 +18,8 @@ from test_cli import qgc, refused
 from torch_qgc import schemes
 from torch_qgc.cli.experiment import read_experiment
 from torch_qgc.schemes import ErrorFeedback
-from torch_qgc.simulator import IDEAL, Task, load_traces
+from torch_qgc.simulator import IDEAL, Change, Machines, Task, load_traces
+from torch_qgc.simulator.coding import plans_of
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "simulation"
 
@@ -129,6 +130,32 @@ def test_recorded_delays_come_from_a_csv_beside_the_file(tmp_path: Path) -> None
     assert memory.acknowledged
 
 
+MACHINES = """
+[delays.machines]
+workers = 3
+batch_s = [1.0, 1.0, 3.0]
+up_s = [0.1, 0.1, 3.0]
+changes = [{of = "batch_s", factor = 5.0, workers = [1], start = 6}]
+"""
+
+
+def test_machines_come_from_a_table(tmp_path: Path) -> None:
+    """Who is late follows from the batches and from each scheme's own bits."""
+    changed = CONFIG.replace("[delays]\nstraggle_probs = [0.05, 0.1, 0.3]", MACHINES).replace(
+        "steps = 12", "steps = 12\nbatch_size = 4\ndownlink_bits = 8"
+    )
+    changed = changed.replace('norm = "l2"', 'norm = "l2"\nbatches = [1.25, 1.25, 0.5]')
+    changed = changed.replace('scheme = "is_sgd"\nerror', 'scheme = "is_sgd"\nbits_per_coordinate = 16\nerror')
+    experiment = read_experiment(Path(written(tmp_path, changed)))
+    assert isinstance(experiment.delays, Machines)
+    assert experiment.delays.changes == (Change(of="batch_s", factor=5.0, workers=(1,), start=6),)
+    assert experiment.downlink_bits == 8
+    plans = {name: plans_of(experiment.schemes[name])[0] for name in ("qgc", "with memory")}
+    few, many = (plan.straggle_probs for plan in plans.values())
+    np.testing.assert_allclose(few, [0.5 / 1001, 994.5 / 1001, 0.5 / 1001])  # 3 * 0.5 + 3 * 4 / 32 < 2
+    np.testing.assert_allclose(many, [0.5 / 1001, 994.5 / 1001, 1000.5 / 1001])  # 3 * 0.5 + 3 * 16 / 32 > 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -146,8 +173,10 @@ def test_recorded_delays_come_from_a_csv_beside_the_file(tmp_path: Path) -> None
         ("straggle_probs", "probs", "unknown field `probs`"),
         ("straggle_probs = [0.05, 0.1, 0.3]", "mu = 1.0", "add workers"),
         ("straggle_probs = [0.05, 0.1, 0.3]", "mu = [1.0, 2.0]\nworkers = 3", "one number of workers, got [2, 3]"),
-        ("straggle_probs = [0.05, 0.1, 0.3]", "", "one of mu, straggle_probs and csv"),
+        ("straggle_probs = [0.05, 0.1, 0.3]", "", "one of mu, straggle_probs, csv and machines"),
         ("0.05, 0.1, 0.3", "0.05, 0.1, 1.0", "numbers in (0, 1)"),
+        ("straggle_probs = [0.05, 0.1, 0.3]", "machines = {workers = 3, speed = 2.0}", "unknown field `speed`"),
+        ("straggle_probs = [0.05, 0.1, 0.3]", "machines = {workers = 3, jitter = -1.0}", "machines: jitter: expected"),
         ('task = "simulation.tasks:least_squares"', "", "missing required field `task`"),
         ("tasks:least_squares", "tasks:most_squares", "no attribute 'most_squares'): write a function"),
         ("simulation.tasks:", "no_such_module:", "task: expected 'module:function' with a module that can be imported"),

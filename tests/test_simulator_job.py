@@ -17,34 +17,74 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import torch_qgc as qgc
+from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError
 from torch_qgc.job.courses import Courses
 from torch_qgc.job.rounds import Closing, Rounds
 from torch_qgc.planner import make_plan
+from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import coding, descent, simulate, trajectory
-from torch_qgc.simulator.arrivals import Contribution, DelaySource, JobRounds, RoundOutcome
-
+from torch_qgc.simulator.arrivals import Contribution, JobRounds, RoundOutcome
+from torch_qgc.simulator.delays import DelaySource
+from torch_qgc.simulator.machines import Load, Machines
 
 # ------------------------------------------------------------------------------------- against a running job
+STEPS_OF_JOB = 120
+
+
+def recorded() -> np.ndarray:
+    """Seconds [120, 4]; worker 3 pauses in two steps of five."""
+    rng = np.random.default_rng(5)
+    delays = rng.uniform(0.3, 1.05, (STEPS_OF_JOB, 4))
+    delays[:, 3] += 4.0 * (rng.random(STEPS_OF_JOB) < 0.4)
+    return delays
+
+
+# In milliseconds: a real worker asks again for a result that takes a second. Worker 2 has a slow link up, 3 down.
+LINKED = Machines(
+    workers=4,
+    batch_s=(0.003, 0.003, 0.002, 0.003),
+    tail_s=0.001,
+    jitter=0.2,
+    up_s=(0.00113, 0.00097, 0.0307, 0.00203),
+    down_s=(0.00107, 0.00091, 0.00217, 0.0123),  # no two events at the same time
+)
+
+
 @pytest.mark.parametrize("late", ["drop", "fold"])
-def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("delays", "deadline_s", "downlink_bits"),
+    [(recorded(), 1.0, 32), (LINKED, 0.008, 32), (LINKED, 0.008, 8), (LINKED, 0.005, 8)],
+    ids=["recorded", "linked", "linked, coded down", "linked, short"],
+)
+def test_a_simulated_job_decodes_the_bits_of_the_aggregator(
+    late: Any, delays: Any, deadline_s: float, downlink_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same payloads and delays through the real Aggregator: who is in, and every decoded float, are equal."""
     # Workers join every open step, as those of tests/helpers/simulated.py do.
     monkeypatch.setattr(Courses, "wait_before_joining_s", lambda *args: 0.0)
     plan = make_plan([0.05, 0.1, 0.2, 0.5], bits_per_coordinate=4, noise_ratio=1.0, second_track="hajek")
-    steps, numel = 120, 512
-    rng = np.random.default_rng(5)
-    delays = rng.uniform(0.3, 1.05, (steps, 4))
-    delays[:, 3] += 4.0 * (rng.random(steps) < 0.4)
+    steps, numel = STEPS_OF_JOB, 512
     rows = torch.randn(4, numel, generator=torch.Generator().manual_seed(2))
 
-    codec = coding.SchemeCodec(plan, numel, seed=0)
+    codec = coding.SchemeCodec(plan, numel, 0, downlink_bits)
     sent = torch.zeros(4, numel)
     for n in range(4):
         codec.mix(n, rows[n], lambda k: sent[k])
-    spec = simulated.make_spec(plan, late=late, warmup_steps=3, quorum=2)
-    job = simulated.Job(plan, spec, sent, lambda k, step: float(delays[step % steps, k]))
+    source, load = DelaySource(delays, 4, 0), Load(np.ones(4), *codec.sizes())
+
+    def link(way: str, peer: bytes, frames: Any) -> float:
+        worker = [simulated.peer_of(k) for k in range(4)].index(peer)
+        decode = messages.decode_from_worker if way == "up" else messages.decode_from_aggregator
+        if not isinstance(decode(frames[0]), messages.Push | messages.Result):
+            return 0.0
+        times = source.draw(0, load)._asdict()
+        return float(times[f"{way}_s"][worker])
+
+    rule = dict(late=late, warmup_steps=3, quorum=2, max_staleness=8, deadline_s=deadline_s)
+    spec = simulated.make_spec(plan, downlink_bits=downlink_bits, log_steps=Limits().log_steps, **rule)
+    job = simulated.Job(plan, spec, sent, lambda k, step: float(source.draw(step, load).own_s[k]), link=link)
     job.run(steps)
 
     tracks: list[list[torch.Tensor]] = [[], []]
@@ -62,7 +102,8 @@ def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypat
         plan,
         partitions=[[0], [1], [2], [3]],
         delays=delays,
-        rule=ClosingRule(deadline_s=1.0, warmup_steps=3, quorum=2, late=late),
+        rule=ClosingRule(**rule),
+        downlink_bits=downlink_bits,
         steps=steps,
         optimizer="adam",
         lr=0.1,
@@ -71,6 +112,7 @@ def test_a_simulated_job_decodes_the_bits_of_the_aggregator(late: Any, monkeypat
     assert torch.equal(torch.stack(tracks[0]), torch.stack(job.decoded[:steps]))
     assert torch.equal(torch.stack(tracks[1]), torch.stack(job.second[:steps]))
     assert (trace.contributions == 2).any() == (late == "fold")
+    assert (trace.contributions == 0).any()
 
 
 @pytest.mark.parametrize(("awaits", "step_s"), [("alive", 1.0), ("begun", 0.1)])
@@ -81,6 +123,7 @@ def test_a_late_worker_misses_the_steps_it_is_late_for(awaits: Any, step_s: floa
         ClosingRule(deadline_s=1.0, warmup_steps=0, late="drop", awaits=awaits),
         np.ones(3, dtype=bool),
         make_plan([0.1] * 3),
+        load=Load.plain(3),
         log_steps=256,
     )
     outcomes = [rounds.close(step) for step in range(8)]
@@ -201,7 +244,7 @@ class Recorded:
         assert closing.step == step
         began = [e["worker"] for e in self.events if (e["name"], e["step"]) == ("begin", step)]
         contributions = [Contribution(worker, made_for, 1) for worker, made_for, _ in closing.payloads]
-        return RoundOutcome(sorted(began), contributions, closing.rates, float(step))
+        return RoundOutcome(sorted(began), sorted(began), contributions, closing.rates, float(step))
 
 
 @pytest.mark.parametrize("late", ["drop", "fold"])

@@ -62,6 +62,6 @@ def test_a_cold_round_decodes_to_the_bits_of_the_unbiased_decoder() -> None:
     out = [[torch.zeros(600)] for _ in codecs]
     for codec, tracks in zip(codecs, out):
         payloads = {(k, 0): codec.encode(k, 0, vector, delivered=True) for k in present}
-        codec.decode([Contribution(k, 0, 1) for k in present], payloads, None, tracks, temperature=1e-3)
+        codec.decode([Contribution(k, 0, 1) for k in present], payloads, None, tracks, step=0, temperature=1e-3)
     assert torch.equal(out[0][0], out[1][0])
     assert out[0][0].any()

@@ -44,7 +44,7 @@ class FakeReplica:
     def batch_step(self) -> int:
         return self.step + self.awaits_backward
 
-    def batch_size(self, batch_size: int, step: int) -> int:
+    def batch_size(self, batch_size: int, step: int, least: int = 1) -> int:
         return self.sizes.get(step, batch_size)
 
     def missed(self) -> bool:

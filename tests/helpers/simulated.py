@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ def make_spec(plan: Plan, **changes: Any) -> JobSpec:
         rule=ClosingRule(**rule),
         verify_every=0,
         replan_every=0,
+        control_variates=False,
+        most_batch=2.0,
         log_steps=64,
         log_bytes=1 << 30,
         join_timeout_s=1e9,
@@ -77,6 +79,7 @@ class Job:
         gradients: [K, numel] the constant gradient each worker sends.
         delay: (worker, step) -> seconds from BEGIN to the arrival of the payload; inf: it never comes.
         abandon: a late worker drops what it computes when its step closes, so that arrivals are independent.
+        link: see `World`.
     """
 
     def __init__(
@@ -88,10 +91,11 @@ class Job:
         *,
         abandon: bool = False,
         trace: Trace = silent,
+        link: Callable[[str, bytes, Sequence[Any]], float] | None = None,
         **session: Any,
     ) -> None:
         self.plan, self.spec, self.gradients, self.delay, self.abandon = plan, spec, gradients, delay, abandon
-        self.world = World(Aggregator(trace=trace))
+        self.world = World(Aggregator(trace=trace), link=link)
         self.decoded: list[torch.Tensor] = []  # [steps] of [numel], as worker 0 sees them
         self.second: list[torch.Tensor] = []
         self.contributions: list[np.ndarray] = []

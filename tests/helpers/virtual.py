@@ -87,6 +87,8 @@ class World:
             their order.
         down: (frames) -> the latencies of what the aggregator sends, one for each time it arrives; they may overtake
             each other, none loses the message. None: as `latency_s` says.
+        link: ("up" or "down", peer, frames) -> seconds for which a message occupies the link of a connection, on
+            which the next one waits. None: no time at all.
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class World:
         aggregator: Aggregator | None = None,
         latency_s: float | Callable[[], float] = 0.0,
         down: Callable[[Sequence[Any]], Sequence[float]] | None = None,
+        link: Callable[[str, bytes, Sequence[Any]], float] | None = None,
     ) -> None:
         self.net = MemoryNetwork(self._on_send)
         self.aggregator = aggregator if aggregator is not None else Aggregator()
-        self._latency_s, self._down = latency_s, down
+        self._latency_s, self._down, self._link = latency_s, down, link
         self._arrives_s: dict[tuple[str, bytes], float] = {}  # when the newest message of a connection arrives
         self.sessions: dict[bytes, Session] = {}
         self.scripts: list[Script] = []
@@ -151,14 +154,19 @@ class World:
         session = self.sessions.get(peer)
         if session is None:
             return
-        times_s = [self.arrival_s("down", peer)] if self._down is None else [self.now() + s for s in self._down(frames)]
+        times_s = (
+            [self.arrival_s("down", peer, frames)]
+            if self._down is None
+            else [self.now() + s for s in self._down(frames)]
+        )
         for time_s in times_s:
             self.net.at(time_s, lambda: self._receive(session, list(frames)))
 
-    def arrival_s(self, way: str, peer: bytes) -> float:
+    def arrival_s(self, way: str, peer: bytes, frames: Sequence[Any]) -> float:
         """Return when a message that is sent now arrives."""
         latency_s = self._latency_s() if callable(self._latency_s) else self._latency_s
-        self._arrives_s[way, peer] = max(self.now() + latency_s, self._arrives_s.get((way, peer), 0.0))
+        occupied_s = 0.0 if self._link is None else self._link(way, peer, frames)
+        self._arrives_s[way, peer] = max(self.now() + latency_s, self._arrives_s.get((way, peer), 0.0)) + occupied_s
         return self._arrives_s[way, peer]
 
     def _receive(self, session: Session, frames: list[Any]) -> None:
@@ -189,8 +197,9 @@ class VirtualCarrier:
         return self._world.wait_for(condition, timeout_s)
 
     def flush(self) -> None:
-        for _, frames in self._session.drain():
-            self._world.net.deliver(self._world.arrival_s("up", self._peer), self._peer, frames())
+        for _, message in self._session.drain():
+            frames = message()
+            self._world.net.deliver(self._world.arrival_s("up", self._peer, frames), self._peer, frames)
 
     def close(self) -> None:
         self.flush()

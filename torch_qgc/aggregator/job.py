@@ -10,7 +10,7 @@ import numpy as np
 
 from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import RoundDecoder
-from torch_qgc.errors import ProtocolError
+from torch_qgc.errors import ConfigError, PlanError, ProtocolError
 from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.log import ResultLog
@@ -81,6 +81,7 @@ class Job:
                 auto_deadline=spec.rule.deadline_s == "auto",
                 first_step=spec.first_step,
                 norm=plan.norm,
+                most_batch=spec.most_batch,
             )
         self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
@@ -201,9 +202,9 @@ class Job:
         self.stats["bytes_received"] += expected
         if self._steering is not None:
             self._steering.variance.update(worker, push.bits, push.variance, push.squared_norm)
-            timed = self._stopwatch.push(worker, push, expected, now)
+            timed = self._stopwatch.push(worker, push, now)
             if timed is not None:
-                self._steering.note(worker, timed)
+                self._steering.note(worker, timed, payload_bytes(self.spec.numel, push.bits))
         if fate is not Fate.IN_TIME:
             self.stats["late"] += 1
             self.stats[fate.value] += 1
@@ -237,9 +238,14 @@ class Job:
         steering, step = self._steering, self.rounds.newest
         if steering is None or not steering.is_due(step, self.rounds.roster.awaited):
             return
-        choice = steering.choose(step, self.courses.at(step))
-        if choice is not None and self.courses.newest.from_step <= step:
+        try:
+            choice = steering.choose(step, self.courses.at(step))
+            if choice is None:
+                return
             course = self.replan(choice.plan, choice.deadline_s)
+        except (PlanError, ConfigError) as error:  # no reason to end a job that has a plan
+            logger.warning("no new plan in step %d: %s", step, error)
+        else:
             self._trace(
                 Event(now, "replan", course.from_step, None, None, {"version": course.version, "causes": choice.causes})
             )

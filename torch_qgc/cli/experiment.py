@@ -21,8 +21,10 @@ from torch_qgc.planner.checks import Floats, per_worker
 from torch_qgc.planner.delays import DelayModel, Empirical, ShiftedExponential
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import Scheme
-from torch_qgc.simulator import IDEAL, Experiment, Task
+from torch_qgc.simulator import IDEAL, Experiment, Machines, Task
+from torch_qgc.simulator.delays import DelaySource, workers_of
 from torch_qgc.simulator.experiment import SchemeLike
+from torch_qgc.simulator.machines import Load
 
 __all__ = ["read_experiment"]
 
@@ -48,14 +50,19 @@ _SCHEMES: dict[str, Callable[..., Scheme]] = {
 }
 
 
+#: Steps of the trial run that says how often machines miss the deadline.
+_TRIAL_STEPS = 1000
+
+
 class Delays(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The table [delays]: shifted exponentials, straggle probabilities at the deadline, or a CSV of seconds."""
+    """The table [delays]: machines, shifted exponentials, chances to be late at the deadline, or a CSV of seconds."""
 
     workers: int | None = None
     mu: float | list[float] | None = None
     shift: float | list[float] = 1.0
     straggle_probs: list[float] | None = None
     csv: str | None = None
+    machines: Machines | None = None
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -68,6 +75,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     task_options: dict[str, Any] = {}
     deadline_s: float | None = None
     rule: ClosingRule | None = None
+    downlink_bits: int = 32
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.0
@@ -101,10 +109,10 @@ def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = 
     if deadline_s == "auto":
         raise ConfigError("deadline_s: expected seconds, got 'auto', which is measured in a running job")
     delays = _delays(config.delays, deadline_s, path.parent)
-    late = np.zeros(delays.sample(np.random.default_rng(0), 1).size)
-    if deadline_s is not None:
-        late = np.atleast_1d(delays.straggle_probability(deadline_s))
-    made = {name: _scheme(name, dict(options), late) for name, options in config.schemes.items()}
+    made = {
+        name: _scheme(name, dict(options), _late(delays, deadline_s, options))
+        for name, options in config.schemes.items()
+    }
     task = _task(config.task, config.task_options)
     read = {"schemes", "delays", "task", "task_options", "rule"}
     kept = {name: value for name, value in msgspec.structs.asdict(config).items() if name not in read}
@@ -134,10 +142,24 @@ def _read(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}; docs/simulator.md shows an example") from error
 
 
-def _delays(config: Delays, deadline_s: float | None, folder: Path) -> DelayModel:
-    given = [name for name in ("mu", "straggle_probs", "csv") if getattr(config, name) is not None]
+def _late(delays: DelayModel | Machines, deadline_s: float | None, options: dict[str, Any]) -> Floats:
+    """Return each worker's chance to be late, which a scheme is designed for."""
+    if deadline_s is None:
+        return np.zeros(workers_of(delays))
+    if isinstance(delays, Machines):
+        batches = per_worker(options.get("batches", 1.0), delays.workers, "batches")
+        size = float(options.get("bits_per_coordinate", 4.0)) / 32.0  # the planner's default, and the mean of its bits
+        load = Load(batches, np.full(delays.workers, size), size)
+        delays = Empirical(delays_s=DelaySource(delays, delays.workers, 0).delays_s(_TRIAL_STEPS, load))
+    return np.atleast_1d(delays.straggle_probability(deadline_s))
+
+
+def _delays(config: Delays, deadline_s: float | None, folder: Path) -> DelayModel | Machines:
+    given = [name for name in ("mu", "straggle_probs", "csv", "machines") if getattr(config, name) is not None]
     if len(given) != 1:
-        raise ConfigError(f"delays: expected one of mu, straggle_probs and csv, got {given or 'none'}")
+        raise ConfigError(f"delays: expected one of mu, straggle_probs, csv and machines, got {given or 'none'}")
+    if config.machines is not None:
+        return config.machines
     if config.csv is not None:
         return Empirical(delays_s=read_delays(folder / config.csv))
     if config.mu is not None:

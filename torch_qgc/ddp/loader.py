@@ -310,8 +310,8 @@ def make_loader(
             permutation of the data set is cut into N equal blocks if None.
         weights: [samples] >= 0, how often each sample is drawn in relation to the others of its partition, as for
             torch's WeightedRandomSampler; None: alike.
-        thin: samples of a batch for a step that has closed without this worker. Models that cannot do with two (a loss
-            over pairs, say) need more.
+        thin: samples of a batch for a step that has closed without this worker, and the least that any batch has.
+            Models that cannot do with two (a loss over pairs, say) need more.
         slice: (batch, samples) -> the batch with that many samples, for batches of your own type; used with
             `num_workers` > 0, where batches are loaded before it is known which steps close.
         seed: of the permutation and of the draws.
@@ -342,7 +342,7 @@ def make_loader(
         blocks,
         batch_size=batch_size,
         batches=math.ceil(samples / (plan.num_workers * batch_size)),
-        size=lambda: replica.batch_size(batch_size, replica.batch_step),
+        size=lambda: replica.batch_size(batch_size, replica.batch_step, min(thin, batch_size)),
         seed=seed,
         worker=replica.worker,
         weights=weights,

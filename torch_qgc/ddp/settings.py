@@ -24,6 +24,8 @@ class Limits:
         log_steps, log_bytes: closed steps an aggregator keeps for late workers; whichever is less. A worker that
             is about to fall off the log is waited for.
         inbox_bytes: results a late worker keeps unread; what does not fit is asked for again.
+        most_batch: the largest batch of a worker, in units of `batch_size`, that new plans may give it: it must fit
+            into its memory. More: fast workers can make up for slower ones.
         join_timeout_s: how long the first step waits for workers.
         silence_s: an aggregator that is silent for that long is gone.
     """
@@ -33,6 +35,7 @@ class Limits:
     log_steps: int = 256
     log_bytes: int = 512 << 20
     inbox_bytes: int = 512 << 20
+    most_batch: float = 2.0
     join_timeout_s: float = 300.0
     silence_s: float = 30.0
 
@@ -91,6 +94,7 @@ def job_spec(
     downlink_bits: int,
     verify_every: int,
     replan_every: int,
+    control_variates: bool,
     limits: Limits,
 ) -> JobSpec:
     """Return what all workers and aggregators of a DDP job must agree on, validated.
@@ -111,6 +115,8 @@ def job_spec(
         rule=rule,
         verify_every=verify_every,
         replan_every=replan_every,
+        control_variates=control_variates,
+        most_batch=limits.most_batch,
         log_steps=limits.log_steps,
         log_bytes=limits.log_bytes,
         join_timeout_s=limits.join_timeout_s,

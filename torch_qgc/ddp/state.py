@@ -71,6 +71,9 @@ class QGCState:
         replan_every: steps between two looks at why workers are slow, after which batches (of `state.loader`), bits
             and an "auto" deadline are chosen anew, also sooner if a worker changes, is lost or comes; 0: never; None:
             50 with an "auto" deadline, else 0.
+        control_variates: let what a worker usually sends stand in for it while it is late: still unbiased, and steadier
+            where anybody pauses at random, above all with SGD and momentum (docs/tuning.md). The aggregators keep 4
+            bytes per worker and parameter for it.
         verify_every: steps between comparisons of all replicas' parameters; 0 never compares.
         limits, network: bounds, and how the aggregators are reached.
         process_group: the workers; DDP's own if None.
@@ -103,6 +106,7 @@ class QGCState:
         seed: int = 0,
         verify_every: int = 50,
         replan_every: int | None = None,
+        control_variates: bool = False,
         limits: Limits = Limits(),
         network: Network = Network(),
         process_group: dist.ProcessGroup | None = None,
@@ -137,6 +141,7 @@ class QGCState:
                 downlink_bits=downlink_bits,
                 verify_every=verify_every,
                 replan_every=replans,
+                control_variates=control_variates,
                 limits=limits,
             )
         endpoints, children = start_aggregators(group, aggregators, network)

@@ -20,7 +20,7 @@ from torch_qgc.planner.deadline import choose_deadline
 from torch_qgc.planner.delays import Empirical
 from torch_qgc.planner.links import bits_within
 from torch_qgc.planner.shares import error_factors
-from torch_qgc.planner.variance import PASS_THROUGH_BITS, NoiseRatio, RunningVariance
+from torch_qgc.planner.variance import PASS_THROUGH_BITS, NoiseRatio, Norm, RunningVariance
 
 __all__ = ["Choice", "Steering"]
 
@@ -71,25 +71,35 @@ class Steering:
         auto_deadline: choose the deadline, too.
         first_step: of the job.
         norm: of the codec.
+        most_batch: largest batch of a worker, in mean batches.
     """
 
     def __init__(
-        self, workers: int, numel: int, *, every: int, auto_deadline: bool, first_step: int = 0, norm: str = "max"
+        self,
+        workers: int,
+        numel: int,
+        *,
+        every: int,
+        auto_deadline: bool,
+        first_step: int = 0,
+        norm: Norm = "max",
+        most_batch: float = 2.0,
     ) -> None:
+        self._most_batch = most_batch
         self._numel, self._every, self._auto_deadline = numel, every, auto_deadline
         self.measurements = Measurements(workers)
-        self.variance = RunningVariance(workers, norm=norm)  # type: ignore[arg-type]
+        self.variance = RunningVariance(workers, norm=norm)
         self.noise = NoiseRatio(workers)
         self._batch_known = np.zeros(workers, dtype=np.bool_)  # batches come from a loader that can change them
         self._last_step = first_step + LEAST_STEPS + 2 - every  # nobody's first steps say anything
         self._changed = False
         self._alive: frozenset[int] | None = None
 
-    def note(self, worker: int, timed: Timed) -> None:
-        """Enter a step that a worker has delivered."""
+    def note(self, worker: int, timed: Timed, nbytes: int) -> None:
+        """Enter a step that a worker has delivered, `nbytes` in all."""
         self._batch_known[worker] = timed.batch > 0.0
         self._changed |= self.measurements.note(
-            worker, batch=timed.batch or 1.0, own_s=timed.own_s, link_s=timed.link_s, nbytes=timed.nbytes
+            worker, batch=timed.batch or 1.0, own_s=timed.own_s, link_s=timed.link_s, nbytes=nbytes
         )
 
     def is_due(self, step: int, alive: frozenset[int]) -> bool:
@@ -148,7 +158,7 @@ class Steering:
             for e, n in zip(estimates.values(), nbytes)
         ]
         batches = np.array(plan.batches)
-        batches[alive] = choose_batches(per_batch, fixed).batches
+        batches[alive] = choose_batches(per_batch, fixed, most=self._most_batch).batches
         return batches if _far(batches, plan.batches) else plan.batches
 
     def _bits(

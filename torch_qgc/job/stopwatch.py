@@ -17,21 +17,18 @@ class Timed(NamedTuple):
         batch: samples in units of the mean batch; 0: not known.
         own_s: seconds from the result of the step before to this step's last payload, by the worker's clock.
         link_s: by how much longer its payloads were on the way than the announcement of the step.
-        nbytes: of its payloads here.
     """
 
     step: int
     batch: float
     own_s: float
     link_s: float
-    nbytes: int
 
 
 class _Running(NamedTuple):
     begin: Begin
     at_s: float
     delivered: int
-    nbytes: int
 
 
 class Stopwatch:
@@ -50,18 +47,18 @@ class Stopwatch:
         if begin.thin:
             self._running.pop(worker, None)
         else:
-            self._running[worker] = _Running(begin, now, 0, 0)
+            self._running[worker] = _Running(begin, now, 0)
 
-    def push(self, worker: int, push: Push, nbytes: int, now: float) -> Timed | None:
+    def push(self, worker: int, push: Push, now: float) -> Timed | None:
         """Note a payload; return what the step took if this was its last one here."""
         running = self._running.get(worker)
         if running is None or running.begin.step != push.step:
             return None
-        running = running._replace(delivered=running.delivered + 1, nbytes=running.nbytes + nbytes)
+        running = running._replace(delivered=running.delivered + 1)
         if running.delivered < self._chunks:
             self._running[worker] = running
             return None
         del self._running[worker]
         link_s = max(now - running.at_s - push.spent_s, 0.0)
         own_s = running.begin.outside_s + push.spent_s
-        return Timed(push.step, running.begin.batch, own_s, link_s, running.nbytes)
+        return Timed(push.step, running.begin.batch, own_s, link_s)

@@ -25,9 +25,9 @@ def allocate_bits(
 
         maximise sum_k U_k(b_k)  subject to  sum_k b_k <= budget_bits,  b_k <= most_bits_k
 
-    Song & Choi eq. (23)-(24), with a cap for each worker.
-    "exact" needs no concavity and no monotonicity and costs O(K m + m^4): see `_exact`. "dp" is the paper's
-    dynamic program (eq. 25), O(K B m). The rest are heuristics: see heuristics.py.
+    Song & Choi eq. (23)-(24), with a cap for each worker. "exact" needs no concavity and no monotonicity and costs
+    O(K m + m^4): see `_exact`. "dp" is the paper's dynamic program (eq. 25), O(K B m). The rest are heuristics: see
+    heuristics.py.
 
     Args:
         utility: [K, m+1]; utility[k, b] of worker k at b bits, any finite numbers, -inf where b is not
@@ -43,9 +43,10 @@ def allocate_bits(
             +inf in the table, or an unknown method.
     """
     table = np.asarray(utility, dtype=np.float64)
+    if most_bits is not None and table.ndim == 2:
+        caps = per_worker(most_bits, len(table), "most_bits")
+        table = np.where(np.arange(table.shape[1]) <= caps[:, None], table, -np.inf)
     _check_table(table)
-    if most_bits is not None:
-        table = _capped(table, most_bits)
     least = np.argmax(table > -np.inf, axis=1)
     spare = int(budget_bits) - int(least.sum())
     if spare < 0:
@@ -75,21 +76,10 @@ def _check_table(table: Floats) -> None:
         raise PlanError(f"utility: expected finite numbers or -inf, got {table[k, b]} for worker {k} at {b} bits")
     closed = np.flatnonzero(np.isneginf(table).all(axis=1))
     if closed.size:
-        raise PlanError(f"utility: expected at least one allowed number of bits, worker {closed[0]} has none")
-
-
-def _capped(table: Floats, most_bits: ArrayLike) -> Floats:
-    """Forbid what is above the caps."""
-    caps = per_worker(most_bits, len(table), "most_bits")
-    capped = np.where(np.arange(table.shape[1]) <= caps[:, None], table, -np.inf)
-    shut = np.flatnonzero(np.isneginf(capped).all(axis=1))
-    if shut.size:
-        k = shut[0]
         raise PlanError(
-            f"most_bits: expected at least {int(np.argmax(table[k] > -np.inf))}, the least bits of worker {k}, got "
-            f"{caps[k]:g}; raise it, or let the worker be dropped (allow_drop=True)"
+            f"utility: expected at least one allowed number of bits, worker {closed[0]} has none; open one, or raise "
+            "most_bits"
         )
-    return capped
 
 
 def _gains(table: Floats, least: Ints) -> Floats:

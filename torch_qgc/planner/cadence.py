@@ -94,7 +94,7 @@ class JobRounds:
     then its worker finds no way back into the rounds of the others, unless it is late in less than 1 % of steps. Where
     late payloads are dropped all of them are lost, and their worker waits for the next round: half of one on average.
     Integrals are sums over panels, good to a thousandth of a round. What comes later than the largest deadline of
-    `search_s`, or never, is taken to come then.
+    `search_s` is taken to come then; what never comes is lost, and its worker goes on then.
 
     Args:
         delays: of K workers: all the time from a step's beginning to the arrival of its payload.
@@ -120,6 +120,8 @@ class JobRounds:
         self._tails = delays.late_fraction(middles).reshape(len(middles), -1)  # [panels, K]
         areas = np.cumsum(self._tails * self._widths[:, None], axis=0)
         self._areas = np.concatenate([np.zeros_like(areas[:1]), areas])
+        last = np.atleast_1d(delays.late_fraction(longest_s))
+        self._never = np.where(np.atleast_1d(delays.late_fraction(2.0 * longest_s)) < last, 0.0, last)
         # A round closes on no fewer than half of the workers.
         half = np.flatnonzero(np.sum(1.0 - self._tails, axis=1) >= max(self._tails.shape[1] // 2, 1) - 1e-9)
         self.search_s = (float(self._edges[half[0]]) if half.size and half[0] else longest_s * 1e-4, longest_s)
@@ -131,7 +133,7 @@ class JobRounds:
         round_s, begun = self._settle(deadline_s, late, spent_late_s)
         lost, staleness = late, np.zeros_like(late)
         if self._folds:
-            lost = np.where(late > _SELDOM, self._too_old(deadline_s, late, round_s), late)
+            lost = np.where(late > _SELDOM, np.maximum(self._too_old(deadline_s, late, round_s), self._never), late)
             staleness = spent_late_s / round_s
         return Cadence(round_s=round_s, rates=begun * (1.0 - lost), counted=1.0 - lost, staleness=staleness)
 
@@ -208,10 +210,8 @@ def _waiting(delays: DelayModel, longest_s: float) -> Cadence:
 
 
 def _all_in(delays: DelayModel) -> float:
-    """Return a time by which every worker misses less than 1 % of rounds, if it ever does."""
+    """Return a time by which every worker is late in less than 1 % of steps, or as seldom as it ever is."""
     high = 2.0 * float(delays.breakpoints().max(initial=1e-9))
-    while np.any(delays.late_fraction(high) >= _SELDOM) and np.any(
-        delays.late_fraction(2.0 * high) < delays.late_fraction(high)
-    ):
+    while np.any((late := delays.late_fraction(high)) * (delays.late_fraction(2.0 * high) < late) >= _SELDOM):
         high *= 2.0
     return high

@@ -93,7 +93,7 @@ def choose_deadline(
             anew at every T.
         beta: >= 0; more: shorter deadlines. With large batch noise it is (||g||^2 + batch variance) / C N^2; 0 would
             minimise variance per second, which leads to ever later deadlines.
-        staleness_weight: w >= 0; more: later deadlines. 1 suits Adam, 2 SGD with a momentum of .9.
+        staleness_weight: w >= 0; more: later deadlines. 1 for Adam, about 2 for SGD with a momentum of .9.
         overhead_s: t0, seconds per round that do not depend on the deadline.
         search_s: least and largest deadline; default: `rounds.search_s`.
         must_hear: [K] bool, workers that have to be heard; default: all that ever come.

@@ -100,6 +100,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rule: ClosingRule
     verify_every: Index  # steps between parameter hashes; 0: never
     replan_every: Index  # steps between new plans; 0: never
+    control_variates: bool  # what a worker usually sends stands in for it while it is late
+    most_batch: Annotated[float, msgspec.Meta(ge=1.0, le=1024.0)]  # a worker's largest batch, in mean batches
     log_steps: Annotated[int, msgspec.Meta(ge=LEAST_LOG_STEPS, lt=2**31)]  # results kept for late workers
     log_bytes: Count  # and their size, whichever is less
     join_timeout_s: Seconds  # how long the first step waits for workers that have not joined

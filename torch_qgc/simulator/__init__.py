@@ -6,6 +6,7 @@ docs/simulator.md says what is simulated and what is not.
 """
 
 from torch_qgc.simulator.experiment import IDEAL, Experiment
+from torch_qgc.simulator.machines import Change, Machines
 from torch_qgc.simulator.noise import noise_ratio
 from torch_qgc.simulator.simulate import run_experiment, simulate
 from torch_qgc.simulator.task import Task
@@ -13,7 +14,9 @@ from torch_qgc.simulator.trace import Trace, load_traces, save_traces
 
 __all__ = [
     "IDEAL",
+    "Change",
     "Experiment",
+    "Machines",
     "Task",
     "Trace",
     "load_traces",

@@ -15,6 +15,7 @@ from torch_qgc.errors import PlanError
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode, payload_bytes
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Ints, Mask
+from torch_qgc.planner.variance import PASS_THROUGH_BITS
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, FeedbackMemory, PartPlan, Scheme
 from torch_qgc.simulator.arrivals import Contribution
 
@@ -101,10 +102,11 @@ class SchemeCodec:
         scheme: any of torch_qgc.schemes.
         numel: P, coordinates of the gradient.
         seed: the seed of the dither.
+        downlink_bits: bits per coordinate of results; 32 leaves them as they are.
     """
 
-    def __init__(self, scheme: Scheme, numel: int, seed: int) -> None:
-        self.scheme, self._seed = scheme, seed
+    def __init__(self, scheme: Scheme, numel: int, seed: int, downlink_bits: int = 32) -> None:
+        self.scheme, self._seed, self._downlink_bits = scheme, seed, downlink_bits
         self.slices = _slices(scheme, numel)
         last = self.slices[-1]
         self.mixed_numel = last.offset + last.width
@@ -126,6 +128,12 @@ class SchemeCodec:
     def payload_bits(self, worker: int) -> int:
         """Return the size in bits of one payload of a worker."""
         return 8 * sum(payload_bytes(s.width, int(self.bits[worker])) for s in self.slices)
+
+    def sizes(self) -> tuple[Floats, float]:
+        """Return the size of each worker's payload [K], and that of a result, in units of the fp32 gradient."""
+        plain = 4 * self.slices[-1].stop
+        up = np.array([self.payload_bits(worker) / 8 / plain for worker in range(len(self.bits))])
+        return up, sum(payload_bytes(s.stop - s.start, self._downlink_bits) for s in self.slices) / plain
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes from step to step."""
@@ -206,17 +214,21 @@ class SchemeCodec:
         rates: Floats | None,
         tracks: Sequence[torch.Tensor],
         *,
+        step: int,
         temperature: float = 1.0,
     ) -> None:
         """Decode a round into one or two tracks, overwriting them.
 
             ghat = sum over contributions i of c_k(i) Q(h_k(i)),   with the coefficients of the scheme for this round
 
+        as it comes out of the downlink.
+
         Args:
             contributions: the contributions to the round, in decode order.
             payloads: (worker, step) -> what the worker sent. Workers that hold no data count as arrived without one.
             rates: [K] expected contributions per round; None stands for the plan's.
             tracks: one or two of [P] fp32, contiguous: the gradient, and what Adam squares.
+            step: which round, for the dither of its result.
             temperature: the learning rate of the step over the highest one so far, in (0, 1].
         """
         for j, s in enumerate(self.slices):
@@ -225,11 +237,13 @@ class SchemeCodec:
             sent = [(c.worker, payloads[c[:2]][j]) for c in present if c[:2] in payloads]
             first, *second = (track[s.start : s.stop] for track in tracks)
             self._decode_slice(s, sent, s.coefficients(counts, rates, temperature), first)
+            self._send_down(first, step, stream=2 * j)
             for out in second:
                 if s.scaled:
                     torch.mul(first, s.second_scale(counts, rates, temperature), out=out)
                 else:
                     self._decode_slice(s, sent, s.second_coefficients(counts, rates, temperature), out)
+                    self._send_down(out, step, stream=2 * j + 1)
 
     def _decode_slice(
         self, s: _Slice, sent: list[tuple[int, Encoded]], coefficients: Floats, out: torch.Tensor
@@ -243,6 +257,13 @@ class SchemeCodec:
             decode_sum(payloads, factors, whole, accumulate=False)
             if whole is not part:
                 part.copy_(whole[: len(part)])
+
+    def _send_down(self, track: torch.Tensor, step: int, stream: int) -> None:
+        """Round a slice of a track to the bits of results, as an aggregator does, which draws as worker number K."""
+        if self._downlink_bits < PASS_THROUGH_BITS:
+            key = derive_key(self._seed, step, len(self.bits), stream)
+            encoded = encode(track, self._downlink_bits, key=key, norm=self.slices[0].plan.norm)
+            decode_sum([encoded], [1.0], track, accumulate=False)
 
     def _gain(self, worker: int) -> float:
         return 1.0 if self._feedback is None else self._feedback[worker].gain

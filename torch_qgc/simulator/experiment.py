@@ -11,20 +11,19 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, segment_weights
 from torch_qgc.planner.checks import Floats
-from torch_qgc.planner.delays import DelayModel
 from torch_qgc.planner.temperature import temperatures
-from torch_qgc.planner.variance import PASS_THROUGH_BITS
+from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, PartPlan, Scheme
-from torch_qgc.simulator.arrivals import DelaySource
 from torch_qgc.simulator.coding import plans_of
+from torch_qgc.simulator.delays import DelaysLike, DelaySource, workers_of
 from torch_qgc.simulator.descent import OptimizerLike
 from torch_qgc.simulator.gradients import Collate, Loss, Samples
+from torch_qgc.simulator.machines import Load, Machines
 from torch_qgc.simulator.task import Evaluate
 from torch_qgc.worker.layout import Layout
 
@@ -49,10 +48,12 @@ class Experiment:
     The schemes:
         schemes: name -> Plan, BlockPlan, PartPlan, ErrorFeedback or IDEAL, all of K workers.
     The clock, of which `deadline_s` and `rule` exclude each other:
-        delays: a delay model, or seconds [rounds, K] that are taken row by row; all schemes of a run get the same.
+        delays: machines, whose times follow from batches and bits; a delay model; or seconds [rounds, K] that are taken
+            row by row. All schemes of a run get the same draws.
         deadline_s: rounds are independent, and a worker is in if its delay is at most this (Song & Choi); None waits
             for all workers.
         rule: rounds are those of a running job (`JobRounds`), closed by this rule. Only plans can run like this.
+        downlink_bits: 32 sends results as fp32; 2..16 encodes them as well. IDEAL does not.
     Training:
         steps: how many steps are made.
         optimizer: "sgd", "adam" (which takes the second track of a plan that has one), or a function from parameters to
@@ -60,8 +61,8 @@ class Experiment:
         lr: learning rate, or step -> learning rate; None leaves that of the given optimizer.
         momentum: of "sgd".
         max_grad_norm: the decoded gradient is clipped to this norm; None does not clip.
-        batch_size: samples per worker and step, or per partition and step; None computes the gradients of whole
-            partitions, each once per step.
+        batch_size: samples per worker and step, which a plan's `batches` are multiples of, or per partition and step;
+            None computes the gradients of whole partitions, each once per step.
         sampling: "worker" draws a batch from the share of each worker; "partition" draws one from each partition, the
             same for all workers that hold it, which every code can do.
     Repetition:
@@ -80,10 +81,11 @@ class Experiment:
     loss: Loss
     dataset: Samples
     schemes: Mapping[str, SchemeLike]
-    delays: DelayModel | ArrayLike
+    delays: DelaysLike
     steps: int
     deadline_s: float | None = None
     rule: ClosingRule | None = None
+    downlink_bits: int = PASS_THROUGH_BITS
     lr: float | Callable[[int], float] | None = None
     optimizer: OptimizerLike = "sgd"
     momentum: float = 0.0
@@ -105,7 +107,7 @@ class Experiment:
         counts = {name: plans_of(s)[0].num_workers for name, s in self.schemes.items() if not isinstance(s, str)}
         if len(set(counts.values())) > 1:
             raise ConfigError(f"schemes: expected plans of the same number of workers, got {counts}")
-        object.__setattr__(self, "workers", next(iter(counts.values()), self._workers_of_delays()))
+        object.__setattr__(self, "workers", next(iter(counts.values()), workers_of(self.delays)))
         DelaySource(self.delays, self.workers, self.seed)
         for name, scheme in self.schemes.items():
             if isinstance(scheme, str) and scheme != IDEAL:
@@ -138,11 +140,8 @@ class Experiment:
             raise ConfigError(f"lr: expected a learning rate for optimizer {self.optimizer!r}, got None")
         if self.sampling not in ("worker", "partition"):
             raise ConfigError(f"sampling: expected 'worker' or 'partition', got {self.sampling!r}")
-
-    def _workers_of_delays(self) -> int:
-        if not hasattr(self.delays, "sample"):
-            return int(np.shape(np.asarray(self.delays))[-1])
-        return int(self.delays.sample(np.random.default_rng(0), 1).size)
+        if not 2 <= self.downlink_bits <= MOST_BITS and self.downlink_bits != PASS_THROUGH_BITS:
+            raise ConfigError(f"downlink_bits: expected 2..{MOST_BITS}, or 32 for fp32, got {self.downlink_bits}")
 
     @cached_property
     def ideal(self) -> Plan:
@@ -194,7 +193,10 @@ class Experiment:
         named = ("steps", "deadline_s", "rule", "momentum", "max_grad_norm", "batch_size", "sampling", "micro_batch")
         values = [repr(getattr(self, name)) for name in (*named, "evaluate_every", "exact_every")]
         functions = [getattr(f, "__qualname__", repr(f)) for f in (self.lr, self.optimizer, self.loss, self.evaluate)]
-        delays = [DelaySource(self.delays, self.workers, seed).draw(step).tolist() for step in range(2)]
+        values += [repr(self.downlink_bits)]
+        source = DelaySource(self.delays, self.workers, seed)
+        delays: list[Any] = source.delays_s(2, Load.plain(self.workers)).tolist()
+        delays += [repr(self.delays)] if isinstance(self.delays, Machines) else []  # changes may come later
         blocks = None if self.partitions is None else [list(map(int, block)) for block in self.partitions]
         start = Layout(self.model.named_parameters()).parameter_digest()
         content = [plans, extra, seed, values, functions, delays, blocks, start, len(self.dataset)]

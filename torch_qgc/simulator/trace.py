@@ -29,7 +29,7 @@ class Trace:
         loss: [R, T], the loss at the parameters before the step, over the data that the step's gradients were computed
             on; with whole partitions that is all of the data.
         contributions: [R, T, K] uint8, the payloads of each worker in the step's round; 2 if a late one was folded in.
-        bits_sent: [R, T] int64, the size of all payloads that were computed for the step, in time or not.
+        bits_sent: [R, T] int64, the size of all payloads that were begun while the round was open, in time or not.
         virtual_time_s: [R, T], when the step closed.
         residual: [R, T], ||ghat - g||^2 / ||g||^2 against the true gradient g at the step's parameters; NaN where g
             was not computed.

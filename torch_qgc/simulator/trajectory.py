@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch_qgc.ddp.sampler import checked_partitions
 from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.planner.batches import apportion
 from torch_qgc.planner.checks import Floats
 from torch_qgc.schemes import BlockPlan, PartPlan
-from torch_qgc.simulator.arrivals import Arrivals, DelaySource, IndependentRounds, JobRounds, RoundOutcome
+from torch_qgc.simulator.arrivals import Arrivals, IndependentRounds, JobRounds, RoundOutcome
 from torch_qgc.simulator.coding import Payload, SchemeCodec, plans_of
+from torch_qgc.simulator.delays import DelaySource
 from torch_qgc.simulator.descent import Descent, make_optimizer
 from torch_qgc.simulator.experiment import Experiment, SchemeLike
 from torch_qgc.simulator.gradients import Gradients
+from torch_qgc.simulator.machines import Load
 from torch_qgc.simulator.trace import Trace
 from torch_qgc.simulator.work import Computed, PartitionWork, Work, WorkerWork
 
@@ -37,6 +40,11 @@ class Trajectory:
         experiment: what is simulated.
         scheme: one of its schemes.
         seed: the seed of this run.
+    Attributes:
+        model: the copy that is trained.
+        step: steps that were made.
+        arrivals: the virtual clock. It does not depend on what is computed, so that a copy of it can be asked in
+            advance when steps close.
     """
 
     def __init__(self, experiment: Experiment, scheme: SchemeLike, seed: int) -> None:
@@ -52,9 +60,9 @@ class Trajectory:
             micro_batch=experiment.micro_batch,
             seed=seed,
         )
-        self._codec = SchemeCodec(made, gradients.layout.numel, seed)
+        self._codec = SchemeCodec(made, gradients.layout.numel, seed, 32 if ideal else experiment.downlink_bits)
         self._work = _work(experiment, self._codec, gradients, seed)
-        self._arrivals = _arrivals(experiment, self._codec, seed, ideal=ideal)
+        self.arrivals = _arrivals(experiment, self._codec, seed, ideal=ideal)
         lr, schedule = experiment.optimizer_lr
         optimizer = make_optimizer(
             experiment.optimizer, gradients.layout.parameters, lr=lr, momentum=experiment.momentum
@@ -79,15 +87,24 @@ class Trajectory:
         """All steps have been made."""
         return self.step >= self._experiment.steps
 
+    @property
+    def now_s(self) -> float:
+        """Seconds on the virtual clock."""
+        return float(self._records["virtual_time_s"][self.step - 1]) if self.step else 0.0
+
     def advance(self) -> None:
         """Make one step: close its round, compute the payloads that are needed, decode, update."""
         if self.step == 0:
             self._evaluate()
-        outcome = self._arrivals.close(self.step)
+        outcome = self.arrivals.close(self.step)
         computed = self._compute(outcome)
-        temperature = self._experiment.temperatures[self.step]
         self._codec.decode(
-            outcome.contributions, self._payloads, outcome.rates, self._tracks, temperature=float(temperature)
+            outcome.contributions,
+            self._payloads,
+            outcome.rates,
+            self._tracks,
+            step=self.step,
+            temperature=float(self._experiment.temperatures[self.step]),
         )
         self._record(outcome, computed)
         self._forget(outcome)
@@ -99,7 +116,7 @@ class Trajectory:
         in_time = {c.worker for c in outcome.contributions if c.made_for == self.step}
         active = self._codec.active
         all_needed = self._codec.remembers or self._folds
-        wanted = {k for k in (outcome.began if all_needed else in_time) if active[k]}
+        wanted = {k for k in (outcome.wanted if all_needed else in_time) if active[k]}
 
         def send(worker: int, mixed: torch.Tensor) -> None:
             self._payloads[worker, self.step] = self._codec.encode(
@@ -164,7 +181,7 @@ class Trajectory:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._descent.optimizer.state_dict(),
-            "arrivals": self._arrivals,
+            "arrivals": self.arrivals,
             "payloads": self._payloads,
             "codec": self._codec.state_dict(),
             "records": self._records,
@@ -176,7 +193,7 @@ class Trajectory:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self._descent.optimizer.load_state_dict(state["optimizer"])
-        self._arrivals, self._payloads = state["arrivals"], state["payloads"]
+        self.arrivals, self._payloads = state["arrivals"], state["payloads"]
         self._codec.load_state_dict(state["codec"])
         self._records, self._evaluations = state["records"], state["evaluations"]
 
@@ -200,10 +217,24 @@ def _work(experiment: Experiment, codec: SchemeCodec, gradients: Gradients, seed
 
 def _arrivals(experiment: Experiment, codec: SchemeCodec, seed: int, *, ideal: bool) -> Arrivals:
     delays = DelaySource(experiment.delays, experiment.workers, seed)
+    plan = codec.slices[0].plan
+    load = _load(experiment, codec, ideal=ideal)
     if experiment.rule is None or ideal:
         deadline_s = None if ideal else experiment.deadline_s
-        return IndependentRounds(delays, deadline_s, codec.active, _slice_ends(codec))
-    return JobRounds(delays, experiment.rule, codec.active, codec.slices[0].plan, log_steps=Limits().log_steps)
+        return IndependentRounds(delays, deadline_s, codec.active, _slice_ends(codec), load)
+    return JobRounds(delays, experiment.rule, codec.active, plan, load=load, log_steps=Limits().log_steps)
+
+
+def _load(experiment: Experiment, codec: SchemeCodec, *, ideal: bool) -> Load:
+    """Return what a step of this scheme asks of the machines."""
+    batches = np.ones(experiment.workers)
+    if experiment.batch_size is not None and experiment.sampling == "worker":
+        batches = apportion(codec.slices[0].plan.batches, experiment.batch_size) / experiment.batch_size
+    up, down = codec.sizes()
+    if ideal:  # a ring all-reduce, in which nobody sends or receives more than this
+        down = (experiment.workers - 1) / experiment.workers
+        up = np.full(experiment.workers, down)
+    return Load(batches, up, down)
 
 
 def _slice_ends(codec: SchemeCodec) -> Floats:

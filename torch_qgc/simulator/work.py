@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from torch_qgc.ddp.sampler import CodedSampler
 from torch_qgc.planner import Plan
+from torch_qgc.planner.batches import apportion
 from torch_qgc.planner.checks import Floats
 from torch_qgc.simulator.coding import SchemeCodec
 from torch_qgc.simulator.gradients import Gradients
@@ -115,7 +116,7 @@ class WorkerWork:
         gradients: computes gradients of the model.
         plan: the plan from whose shares workers draw.
         blocks: N lists of sample indices.
-        batch_size: samples per worker and step.
+        batch_size: samples per worker and step, which the plan's batches are multiples of.
         seed: the seed of the draws.
         exact_every: steps between two computations of the true gradient, each of which takes a pass over the data;
             0 never computes it.
@@ -134,7 +135,7 @@ class WorkerWork:
         exact_every: int = 0,
     ) -> None:
         self._gradients, self._plan, self._blocks = gradients, plan, blocks
-        self._batch_size, self._exact_every = batch_size, exact_every
+        self._sizes, self._exact_every = apportion(plan.batches, batch_size).tolist(), exact_every
         samples = sum(len(block) for block in blocks)
         self._epoch_steps = math.ceil(samples / (plan.num_workers * batch_size))  # as make_loader counts
         self._samplers = [
@@ -165,10 +166,10 @@ class WorkerWork:
         epoch, batch = divmod(step, self._epoch_steps)
         if worker not in self._draws or self._draws[worker][0] != epoch:
             self._samplers[worker].set_epoch(epoch)
-            samples = self._epoch_steps * self._batch_size
+            samples = self._epoch_steps * self._sizes[worker]
             self._draws[worker] = epoch, self._samplers[worker].stream().take(samples)
-        start = batch * self._batch_size
-        return list(self._draws[worker][1][start : start + self._batch_size].tolist())
+        size = self._sizes[worker]
+        return list(self._draws[worker][1][batch * size : (batch + 1) * size].tolist())
 
     def _exact(self, step: int) -> Computed:
         whole = torch.zeros_like(self._gradients.scratch)

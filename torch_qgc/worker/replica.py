@@ -152,17 +152,18 @@ class Replica:
         """
         return self.step + self.awaits_backward
 
-    def batch_size(self, batch_size: int, step: int) -> int:
+    def batch_size(self, batch_size: int, step: int, least: int = 1) -> int:
         """Return how many samples this worker's batches have in a step, at least one.
 
         Args:
             batch_size: the mean over all workers, as the user has chosen it.
             step: the step that they are for.
+            least: samples that every worker's batches have; no more than `batch_size`.
         """
         course = self.courses.at(step)
         if (course.version, batch_size) not in self._batch_sizes:
             self._batch_sizes = {key: size for key, size in self._batch_sizes.items() if key[0] == course.version}
-            samples = apportion(course.plan.batches, batch_size)
+            samples = apportion(course.plan.batches, batch_size, least)
             self._batch_sizes[course.version, batch_size] = int(samples[self.worker])
         return self._batch_sizes[course.version, batch_size]
 

@@ -31,7 +31,7 @@ class ControlVariates:
     Memory: 4 bytes per worker and coordinate. Time: a pass over all of it in each round, and three over each payload.
 
     Args:
-        shares: [K] m_k >= 0.
+        workers: K.
         numel: coordinates of a payload; a chunk of the gradient has a memory of its own.
         follow: weight of a new payload in u_k, in (0, 1]; more: closer to the present gradient, noisier.
         least_rate: contributions per round from which a worker's memory is used.
@@ -41,13 +41,13 @@ class ControlVariates:
 
     _DECAY = 0.95  # of the averages behind b_k: some 20 payloads
 
-    def __init__(self, shares: Floats, numel: int, *, follow: float = 0.1, least_rate: float = 0.5) -> None:
+    def __init__(self, workers: int, numel: int, *, follow: float = 0.1, least_rate: float = 0.5) -> None:
         if not 0.0 < follow <= 1.0 or not least_rate >= 0.0:
             raise PlanError(f"expected follow in (0, 1] and least_rate >= 0, got {follow} and {least_rate}")
-        self._shares, self._follow, self._least_rate = np.asarray(shares, dtype=np.float64), follow, least_rate
-        self.mean = np.zeros((len(self._shares), numel), dtype=np.float32)  # u
-        self._alike = np.zeros(len(self._shares))  # average of <h, u>
-        self._size = np.zeros(len(self._shares))  # average of |u|^2
+        self._follow, self._least_rate = follow, least_rate
+        self.mean = np.zeros((workers, numel), dtype=np.float32)  # u
+        self._alike = np.zeros(workers)  # average of <h, u>
+        self._size = np.zeros(workers)  # average of |u|^2
 
     @property
     def trust(self) -> Floats:
@@ -57,39 +57,36 @@ class ControlVariates:
         return trust
 
     def decode(
-        self, payloads: Sequence[tuple[int, NDArray[np.float32]]], coefficients: Floats, rates: Floats
+        self, payloads: Sequence[tuple[int, NDArray[np.float32], float]], shares: Floats, rates: Floats
     ) -> NDArray[np.float32]:
         """Decode a round, then learn from its payloads.
 
         Args:
-            payloads: (worker, [numel] fp32); a worker may come several times.
-            coefficients: [K] c_k.
+            payloads: (worker, [numel] fp32, c); a worker may come several times.
+            shares: [K] m_k >= 0 of the workers that are in the job, 0 of others.
             rates: [K] expected contributions per round r_k.
         Returns:
             [numel] fp32.
         """
         trust = np.where(rates >= self._least_rate, self.trust, 0.0)
-        weights = self._shares * trust
-        for worker, _ in payloads:
-            weights[worker] -= coefficients[worker] * trust[worker]
+        weights = shares * trust
+        for worker, _, coefficient in payloads:
+            weights[worker] -= coefficient * trust[worker]
         out: NDArray[np.float32] = weights.astype(np.float32) @ self.mean
-        for worker, sent in payloads:
-            out += np.float32(coefficients[worker]) * sent
-        for worker, sent in payloads:
+        for _, sent, coefficient in payloads:
+            out += np.float32(coefficient) * sent
+        for worker, sent, _ in payloads:
             self._learn(worker, sent)
         return out
 
-    def forget(self, worker: int) -> None:
-        """Forget a worker, whose share goes to others or whose data changes."""
-        self.mean[worker] = 0.0
-        self._alike[worker] = self._size[worker] = 0.0
-
     def _learn(self, worker: int, sent: NDArray[np.float32]) -> None:
         mean = self.mean[worker]
-        size = float(mean @ mean)
+        size, alike = float(mean @ mean), float(sent @ mean)
+        if not np.isfinite(alike) or not np.isfinite(sent).all():
+            return  # what is not finite now says nothing about later
         if size == 0.0:
             mean += sent
             return
-        self._alike[worker] += (1.0 - self._DECAY) * (float(sent @ mean) - self._alike[worker])
+        self._alike[worker] += (1.0 - self._DECAY) * (alike - self._alike[worker])
         self._size[worker] += (1.0 - self._DECAY) * (size - self._size[worker])
         mean += np.float32(self._follow) * (sent - mean)

@@ -1,0 +1,1 @@
+"""What benchmarks/levers.py runs: settings, methods, single runs, and tables of them."""
