@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from common import hooks
 from common.job import Job
 from common.launcher import JobError
 from common.packages import DownloadError
@@ -57,7 +56,7 @@ def train(s: Settings) -> None:
     else:
         numel = sum(p.numel() for p in model.parameters())
         sizes = batch_sizes(s, gradient_bytes=4 * numel)
-        job.part_of_fp32 = hooks.attach(s.variant.way, ddp) if s.variant.way != "ddp" else worker.attach(ddp)
+        job.part_of_fp32 = worker.attach(ddp)
         own = Subset(data, held_by_workers(data, s, sizes)[job.rank])
         loader = DataLoader(own, batch_size=int(sizes[job.rank]), shuffle=True, collate_fn=collate, drop_last=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=s.lr)

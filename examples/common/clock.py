@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 
@@ -13,9 +14,9 @@ BLOCK = 10  # steps that share a time
 class SharedClock:
     """Tell at which second of the job a step is made: rank 0's clock, without a collective.
 
-    Rank 0 says when the next block of steps will begin whenever it begins one, by how long the block before has taken.
-    Ranks that need the time of a block read it there; one waits only where it is a block ahead of rank 0. Learning
-    rates that follow time and the end of the job are the same on every rank then.
+    Rank 0 says when the next block of steps will begin whenever it begins one, by how long blocks usually take. Ranks
+    that need the time of a block read it there; one waits only where it is a block ahead of rank 0. Learning rates that
+    follow time and the end of the job are the same on every rank then.
 
     Args:
         file: where rank 0 leaves the times; rank 0 makes it anew, so that all ranks must come here together.
@@ -30,7 +31,8 @@ class SharedClock:
         self._store = dist.FileStore(str(file), -1)
         self._first = step // BLOCK
         self._times_s = {self._first: elapsed_s, self._first + 1: elapsed_s}
-        self._zero_s = self._begun_s = time.monotonic() - elapsed_s
+        self._zero_s, self._begun_s = time.monotonic() - elapsed_s, time.monotonic()
+        self._taken_s: list[float] = []  # by blocks
 
     def at(self, step: int) -> float:
         """Return the second of the job at which a step's block begins."""
@@ -39,7 +41,9 @@ class SharedClock:
             self._times_s[block] = float(self._store.get(str(block)))
         if self._rank == 0 and block + 1 not in self._times_s:
             now_s = time.monotonic()
-            self._times_s[block + 1] = 2 * now_s - self._begun_s - self._zero_s
+            self._taken_s.append(now_s - self._begun_s)
             self._begun_s = now_s
+            ahead_s = now_s - self._zero_s + statistics.median(self._taken_s)
+            self._times_s[block + 1] = max(ahead_s, self._times_s[block])
             self._store.set(str(block + 1), repr(self._times_s[block + 1]))
         return self._times_s[block]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,19 +73,18 @@ class Emulation:
         """Take the time that the machine takes for the forward and backward pass of some samples."""
         time.sleep(samples * self._machine.sample_s)
 
-    def slow_all_reduce(self, model: DistributedDataParallel) -> None:
-        """Let DDP's all-reduces take the time that a ring takes on the link: 2 (K - 1) / K of fp32's bytes each way.
+    def slow_all_reduce(self, model: DistributedDataParallel, *, bf16: bool = False) -> None:
+        """Let DDP's all-reduces take the time that a ring takes on the link: 2 (K - 1) / K of the bytes each way.
 
         gloo's connections cannot be slowed one by one, so the time is slept before the all-reduce.
         """
-        bytes_per_s = self._machine.link_bytes_per_s
-        if bytes_per_s is None:
-            return
+        bytes_per_s, average = self._machine.link_bytes_per_s, bf16_compress_hook if bf16 else allreduce_hook
 
         def hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> Future[Tensor]:
-            workers = dist.get_world_size(group)
-            time.sleep(2 * (workers - 1) / workers * bucket.buffer().nbytes / bytes_per_s)
-            return allreduce_hook(group, bucket)
+            if bytes_per_s is not None:
+                workers, nbytes = dist.get_world_size(group), bucket.buffer().nbytes * (0.5 if bf16 else 1.0)
+                time.sleep(2 * (workers - 1) / workers * nbytes / bytes_per_s)
+            return average(group, bucket)
 
         model.register_comm_hook(dist.group.WORLD, hook)
 

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from scipy.optimize import brentq
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from detection.settings import MACHINES, Settings
-from torch_qgc.planner.batches import apportion, choose_batches
+from torch_qgc.planner.batches import apportion
 from torch_qgc.planner.checks import Ints
 
-CORE_SAMPLE_S = 0.01  # what a core of this machine takes for an image, about
+CORE_IMAGE_S = 0.01  # what a core of this machine takes for an image, about
 LEAST_BATCH = 2  # BatchNorm cannot train on one image where a feature map has one pixel
 
 Target = dict[str, Tensor]
@@ -111,18 +112,26 @@ def held_by_workers(data: CocoImages, s: Settings, sizes: Sequence[float] | None
 
 
 def batch_sizes(s: Settings, *, gradient_bytes: int) -> Ints:
-    """Return the batches of DDP's workers, in images: alike, or so that all take the same time for a step.
+    """Return the batches of DDP's workers, in images: alike, or by speed, as if somebody had told their speeds.
+
+    With batches by speed a step takes T seconds, the least in which the workers that all wait for each other can do as
+    many images as with equal batches: B_k = max(least, (T - F_k) / s_k), s_k seconds per image and F_k for the link.
 
     Args:
         gradient_bytes: in fp32.
     """
-    machines = s.machines
-    batches = np.ones(len(machines))
-    if s.variant.by_speed:
-        ring = 2 * (len(machines) - 1) / len(machines) * gradient_bytes
-        fixed_s = [ring / m.link_bytes_per_s if m.link_bytes_per_s else 0.0 for m in machines]
-        batches = choose_batches([s.batch_size * (m.sample_s + CORE_SAMPLE_S) for m in machines], fixed_s).batches
-    return apportion(batches, s.batch_size, least=LEAST_BATCH)
+    machines, total = s.machines, s.batch_size * s.workers
+    if not s.variant.by_speed:
+        return np.full(s.workers, s.batch_size)
+    ring_bytes = 2 * (s.workers - 1) / s.workers * gradient_bytes * (0.5 if s.variant.bf16 else 1.0)
+    image_s = np.array([m.sample_s + CORE_IMAGE_S for m in machines])
+    link_s = np.array([ring_bytes / m.link_bytes_per_s if m.link_bytes_per_s else 0.0 for m in machines])
+
+    def batches(step_s: float) -> np.ndarray:
+        return np.maximum((step_s - link_s) / image_s, LEAST_BATCH)
+
+    step_s = brentq(lambda at: batches(at).sum() - total, 0.0, image_s.max() * total + link_s.max())
+    return apportion(batches(step_s) / s.batch_size, s.batch_size, least=LEAST_BATCH)
 
 
 def labels_only_at(data: CocoImages, partitions: Sequence[Sequence[int]], worker: int) -> list[int]:

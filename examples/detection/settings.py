@@ -16,7 +16,7 @@ MACHINES = (
 )
 CAUSES = ("ordinary", "pauses", "slow link", "slow processor")
 FAST = (0, 1)  # whom a job keeps that leaves the slow ones out
-PAUSES, SLOW_PROCESSOR = 1, 3
+PAUSES, SLOW_LINK, SLOW_PROCESSOR = 1, 2, 3
 
 #: Data that can move are spread over the workers at random; data that stay are trained on where they are.
 PANELS = {"moves": "data can move", "stays": "data stay where they are"}
@@ -29,8 +29,8 @@ class Job:
     Fields:
         title: what tables and pictures call it.
         coded: trained by torch_qgc's hook; else DDP, which waits for everybody.
-        way: how DDP's gradients are averaged, of common.hooks.TITLES.
-        by_speed: DDP's batches are as large as speeds say, by torch_qgc's own rule, told the true speeds.
+        by_speed: DDP's batches are such that nobody waits for a slow processor; it is told the true speeds.
+        bf16: DDP averages gradients in bf16.
         workers: those that take part.
         auto: torch_qgc measures the workers, and chooses batches, bits and deadline; else the setting's deadline
             holds, who is late is ignored, and nothing is quantized: the average of the arrivals.
@@ -38,8 +38,8 @@ class Job:
 
     title: str
     coded: bool = False
-    way: str = "ddp"
     by_speed: bool = False
+    bf16: bool = False
     workers: tuple[int, ...] = (0, 1, 2, 3)
     auto: bool = False
 
@@ -51,10 +51,7 @@ JOBS = {
     "arrivals": Job(title="average of the arrivals", coded=True),
     "qgc": Job(title="torch_qgc", coded=True, auto=True),
 }
-VARIANTS = {
-    "bf16": Job(title="DDP, bf16 hook", way="bf16"),
-    "powersgd": Job(title="DDP, PowerSGD hook", way="powersgd"),
-}
+VARIANTS = {"bf16": Job(title="DDP, batches by speed, bf16", by_speed=True, bf16=True)}
 
 
 @dataclass(frozen=True, kw_only=True)

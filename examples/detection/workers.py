@@ -26,8 +26,9 @@ class Worker:
 
     def attach(self, ddp: DistributedDataParallel) -> Callable[[], float]:
         """Slow DDP's all-reduces by the link; return what computes the part of fp32's bytes that they take."""
-        self._emulation.slow_all_reduce(ddp)
-        return lambda: 1.0
+        bf16 = self._s.variant.bf16
+        self._emulation.slow_all_reduce(ddp, bf16=bf16)
+        return lambda: 0.5 if bf16 else 1.0
 
     def network(self) -> Network:
         """Start the aggregator on rank 0, and say how this worker reaches it: through its link."""
