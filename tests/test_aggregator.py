@@ -130,7 +130,7 @@ def test_the_largest_weight_of_annealed_is_spread_as_the_shares_of_the_dead_are(
     )
     spec = make_spec(plan)
     for temperature in (1.0, 0.5, 1e-12):
-        frames = RoundDecoder(spec, Courses(spec.rule, plan)).decode(closing, temperature)
+        frames = RoundDecoder(spec, Courses(spec.rule, plan)).decode(closing, temperature).frames
         weight = sum(0.25 * min(1 / r, 1 / temperature) for r in (1.0, 0.5, 0.2)) / 0.75
         np.testing.assert_allclose(np.frombuffer(frames[1], dtype=np.float32), weight, rtol=1e-6)
 

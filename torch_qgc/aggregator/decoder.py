@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,25 @@ from torch_qgc.planner.temperature import LEAST
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.messages import ABSENT, Result, encode_message
 
-__all__ = ["RoundDecoder"]
+__all__ = ["Decoded", "RoundDecoder"]
 
 _MOST = ABSENT - 1
 
 Floats32: TypeAlias = NDArray[np.float32]
+
+
+class Decoded(NamedTuple):
+    """A decoded round.
+
+    Attributes:
+        frames: of its Result: header and payload.
+        coefficients: c of each payload.
+        gradient: [n] fp32, before it was encoded for the way down.
+    """
+
+    frames: list[bytes | memoryview]
+    coefficients: list[float]
+    gradient: Floats32
 
 
 class RoundDecoder:
@@ -30,7 +44,7 @@ class RoundDecoder:
         self._spec, self._courses, self._threads = spec, courses, threads
         self._variates: dict[int, ControlVariates] = {}  # by chunk
 
-    def decode(self, closing: Closing[Payload], temperature: float) -> list[bytes | memoryview]:
+    def decode(self, closing: Closing[Payload], temperature: float) -> Decoded:
         """Decode a round.
 
             ghat = sum over payloads i of c_k(i) Q(h_i),   c_k = m_k / r_k or as the plan's decoder says
@@ -39,8 +53,6 @@ class RoundDecoder:
 
         Args:
             temperature: of the step; see `torch_qgc.planner.temperature`.
-        Returns:
-            The frames of its Result: header and payload.
         """
         spec, plan = self._spec, self._courses.at(closing.step).plan
         # The shares of the dead are spread over the living, and so is what "annealed" lets a payload weigh at most.
@@ -69,7 +81,7 @@ class RoundDecoder:
             plan.second_scale(closing.counts, rates=closing.rates, temperature=temperature),
             np.where(closing.alive, closing.counts.clip(max=_MOST), ABSENT).astype(np.uint8).tobytes(),
         )
-        return [encode_message(header), memoryview(encoded.buffer)]
+        return Decoded([encode_message(header), memoryview(encoded.buffer)], coefficients, out)
 
     def _with_variates(self, closing: Closing[Payload], coefficients: list[float], numel: int) -> Floats32:
         """Decode a round whose late workers are stood in for by what they usually send."""

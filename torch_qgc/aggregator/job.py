@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torch_qgc.aggregator.agreement import Agreement
-from torch_qgc.aggregator.decoder import RoundDecoder
+from torch_qgc.aggregator.decoder import Decoded, RoundDecoder
 from torch_qgc.errors import ConfigError, PlanError, ProtocolError
 from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
@@ -73,6 +73,7 @@ class Job:
         self._temperatures: dict[int, float] = {}  # of the steps that are open
         self._stopwatch = Stopwatch(len(spec.owned_by(index)))
         self._steering: Steering | None = None
+        self._energies: dict[int, tuple[int, float, float]] = {}  # newest payload: step, squared norm, variance
         if self._decides and spec.replan_every:
             self._steering = Steering(
                 spec.workers,
@@ -202,6 +203,8 @@ class Job:
         self.stats["bytes_received"] += expected
         if self._steering is not None:
             self._steering.variance.update(worker, push.bits, push.variance, push.squared_norm)
+            if push.chunk == self.rounds.chunks[0]:
+                self._energies[worker] = push.step, push.squared_norm, push.variance
             timed = self._stopwatch.push(worker, push, now)
             if timed is not None:
                 self._steering.note(worker, timed, payload_bytes(self.spec.numel, push.bits))
@@ -266,7 +269,10 @@ class Job:
             )
 
     def _publish(self, closing: Closing[Payload]) -> None:
-        frames = self._decoder.decode(closing, self._temperatures.get(closing.step, LEAST))
+        decoded = self._decoder.decode(closing, self._temperatures.get(closing.step, LEAST))
+        frames = decoded.frames
+        if self._steering is not None and closing.chunk == self.rounds.chunks[0]:  # one chunk stands for all
+            self._note_noise(closing, decoded)
         self.log.put(closing.step, closing.chunk, frames)
         self.outbox.append((EVERYBODY, frames))
         self.stats["rounds"] += 1
@@ -282,6 +288,21 @@ class Job:
                 self.spec.rule.quorum,
                 self.log.capacity,
             )
+
+    def _note_noise(self, closing: Closing[Payload], decoded: Decoded) -> None:
+        """Learn from a round how much of the workers' gradients is noise of their batches."""
+        assert self._steering is not None
+        workers = [worker for worker, _, _ in closing.payloads]
+        if len(workers) < 2 or any(made_for != closing.step for _, made_for, _ in closing.payloads):
+            return  # payloads of several steps have no mean in common
+        coefficients, energy, rounding = np.zeros((3, self.spec.workers))
+        for worker, coefficient in zip(workers, decoded.coefficients):
+            coefficients[worker] = coefficient
+            _, energy[worker], rounding[worker] = self._energies[worker]
+        batches = self.courses.at(closing.step).plan.batches
+        with np.errstate(all="ignore"):  # what is not finite is passed over
+            result = float(decoded.gradient @ decoded.gradient)
+            self._steering.noise.update(coefficients, energy, energy + rounding, result, batches)
 
     # --- new plans --------------------------------------------------------------------------------------
 

@@ -74,5 +74,5 @@ class QGCMonitor(Callback):
 
     def _rates(self) -> list[float]:
         report = self._state.report()
-        waits = not self._state.replica.may_be_late
+        waits = self._state.replica.courses.waits_for_all(self._state.step)
         return [float(rate) for rate in (report.contributions if waits else report.rates)]
