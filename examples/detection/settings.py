@@ -80,7 +80,7 @@ class Settings:
     folder: Path
     job: str = "qgc"
     panel: str = "moves"
-    seconds: float = 75.0
+    seconds: float = 110.0
     batch_size: int = 8
     backbone: str = "small"
     size: int = 96
