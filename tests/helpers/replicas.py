@@ -32,6 +32,7 @@ class FakeReplica:
     ) -> None:
         self.plan, self.worker, self.late, self.sizes = plan, worker, late, sizes
         self.spec = SimpleNamespace(workers=plan.num_workers)
+        self.facts = SimpleNamespace(took=lambda samples, batch_size: None)
         self.update = SimpleNamespace(known=bound)
         self.may_be_late = bool(late)
         self.in_step = self.awaits_backward = False

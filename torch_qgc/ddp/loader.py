@@ -242,7 +242,7 @@ class CodedLoader:
             thin = self._thinner.closed_without_us()
             sampler.keep = self._thinner.count if thin and not ahead else None
             batch, self._thinner.batch_size = next(batches), sampler.sizes.popleft()
-            self._replica.batch = self._thinner.batch_size / self.batch_size
+            self._replica.facts.took(self._thinner.batch_size, self.batch_size)
             self._handed += 1
             count += 1
             yield self._thinner.thin(batch) if ahead and thin else batch

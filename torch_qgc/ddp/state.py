@@ -340,7 +340,7 @@ class QGCState:
             rates=self.replica.rates.overall().tolist(),
             loaders=[loader.state_dict() for loader in self._loaders],
             plan=self.plan.to_json(),
-            peak_lr=self.replica.thermometer.peak,
+            peak_lr=self.replica.facts.thermometer.peak,
         ).to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,7 +352,7 @@ class QGCState:
         found = Checkpoint.from_dict(state_dict)
         plan = found.informed(self.plan)
         self.replica.start_at(found.step, found.seed, plan)
-        self.replica.thermometer.peak = found.peak_lr
+        self.replica.facts.thermometer.peak = found.peak_lr
         self._positions = list(found.loaders)
         for loader in self._loaders[: len(self._positions)]:
             loader.load_state_dict(self._positions.pop(0))

@@ -12,7 +12,7 @@ from torch_qgc.job.measure import Estimate, Measurements
 from torch_qgc.job.stopwatch import Timed
 from torch_qgc.kernels import payload_bytes
 from torch_qgc.planner import Plan
-from torch_qgc.planner.batches import choose_batches
+from torch_qgc.planner.batches import apportion, choose_batches
 from torch_qgc.planner.bits import allocate_bits
 from torch_qgc.planner.cadence import JobRounds
 from torch_qgc.planner.checks import Floats, Ints
@@ -26,6 +26,9 @@ __all__ = ["Choice", "Steering"]
 
 #: Steps of a worker from which its speed is known well enough to act on.
 LEAST_STEPS = 6
+
+#: Samples that every batch has: as many as a thin one.
+LEAST_SAMPLES = 2
 
 # A plan is changed for a batch or a deadline that differs by more than this, and a deadline is set for a gain above it:
 # below, estimates differ by chance.
@@ -90,16 +93,21 @@ class Steering:
         self.measurements = Measurements(workers)
         self.variance = RunningVariance(workers, norm=norm)
         self.noise = NoiseRatio(workers)
-        self._batch_known = np.zeros(workers, dtype=np.bool_)  # batches come from a loader that can change them
+        self._batch_size = np.zeros(workers, dtype=np.int64)  # the mean, where a loader can cut batches; else 0
         self._last_step = first_step + LEAST_STEPS + 2 - every  # nobody's first steps say anything
         self._changed = False
         self._alive: frozenset[int] | None = None
 
     def note(self, worker: int, timed: Timed, nbytes: int) -> None:
         """Enter a step that a worker has delivered, `nbytes` in all."""
-        self._batch_known[worker] = timed.batch > 0.0
+        known = timed.batch_size > 0
+        self._batch_size[worker] = timed.batch_size
         self._changed |= self.measurements.note(
-            worker, batch=timed.batch or 1.0, own_s=timed.own_s, link_s=timed.link_s, nbytes=nbytes
+            worker,
+            batch=timed.samples / timed.batch_size if known else 1.0,
+            own_s=timed.own_s,
+            link_s=timed.link_s,
+            nbytes=nbytes,
         )
 
     def is_due(self, step: int, alive: frozenset[int]) -> bool:
@@ -148,7 +156,8 @@ class Steering:
     def _batches(self, estimates: dict[int, Estimate], plan: Plan) -> Floats:
         """Return batches that let everybody make the step, or those of the plan if they are about as good."""
         alive = list(estimates)
-        if not self._batch_known[alive].all() or len(alive) < 2:
+        size = int(self._batch_size[alive].min())
+        if not size or len(alive) < 2:
             return plan.batches
         nbytes = [self._bytes(plan.bits[k]) for k in alive]
         per_batch = [max(e.per_batch_s.value, 1e-9) for e in estimates.values()]
@@ -158,7 +167,8 @@ class Steering:
             for e, n in zip(estimates.values(), nbytes)
         ]
         batches = np.array(plan.batches)
-        batches[alive] = choose_batches(per_batch, fixed, most=self._most_batch).batches
+        chosen = choose_batches(per_batch, fixed, most=self._most_batch).batches
+        batches[alive] = apportion(chosen, size, min(size, LEAST_SAMPLES)) / size  # samples come in whole ones
         return batches if _far(batches, plan.batches) else plan.batches
 
     def _bits(

@@ -14,13 +14,15 @@ class Timed(NamedTuple):
 
     Attributes:
         step: which.
-        batch: samples in units of the mean batch; 0: not known.
+        samples: of its batch.
+        batch_size: the mean over workers; 0: batches are not ours to cut.
         own_s: seconds from the result of the step before to this step's last payload, by the worker's clock.
         link_s: by how much longer its payloads were on the way than the announcement of the step.
     """
 
     step: int
-    batch: float
+    samples: int
+    batch_size: int
     own_s: float
     link_s: float
 
@@ -61,4 +63,4 @@ class Stopwatch:
         del self._running[worker]
         link_s = max(now - running.at_s - push.spent_s, 0.0)
         own_s = running.begin.outside_s + push.spent_s
-        return Timed(push.step, running.begin.batch, own_s, link_s)
+        return Timed(push.step, running.begin.samples, running.begin.batch_size, own_s, link_s)

@@ -55,7 +55,6 @@ MAX_HEADER_BYTES = 40 * 1024  # every header, with a text of 8192 characters in 
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
 MAX_TEXT = 8192  # characters, of up to four bytes
-Units = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 ABSENT = 255  # in a result's contributions: this worker was not in the job when the round closed
 
@@ -80,7 +79,8 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
 
     step: Step
     thin: bool = False
-    batch: Units = 0.0  # samples, in units of the mean batch; 0: the user's own loader, whose batches are not ours
+    samples: Index = 0  # of its batch
+    batch_size: Index = 0  # the mean over workers; 0: the user's own loader, whose batches are not ours to cut
     outside_s: Seconds = 0.0  # since the result of the step before: update, data, whatever the loop does
     # The learning rate over its peak so far, the same on all ranks; next to 0 as long as it has never changed.
     temperature: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = LEAST

@@ -82,7 +82,7 @@ class Connection:
                     f"{timeout_s:.0f} s: is it running and reachable, and has worker 0 joined?"
                 )
 
-    def begin(self, step: int, *, thin: bool = False, **facts: float) -> None:
+    def begin(self, step: int, *, thin: bool = False, **facts: Any) -> None:
         """Announce the step's forward pass to every aggregator; `facts` are those of `messages.Begin`."""
         with self._carrier.locked():
             self._began_at_s = self._carrier.now()

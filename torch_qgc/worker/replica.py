@@ -23,14 +23,13 @@ from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.planner import Plan
-from torch_qgc.planner.batches import apportion
-from torch_qgc.planner.temperature import LEAST, Thermometer
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.buffers import KeptBuffers
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.ending import at_the_end
 from torch_qgc.worker.exchange import Exchange
+from torch_qgc.worker.facts import Facts
 from torch_qgc.worker.inbox import ClosedRound
 from torch_qgc.worker.layout import Layout
 from torch_qgc.worker.passes import Passes
@@ -79,6 +78,7 @@ class Replica:
         self.counts = Report(workers=spec.workers, numel=layout.numel)
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(layout.chunks))
         self.statement = Statement(layout, spec.first_step)
+        self.facts = Facts(self.statement, self.courses, worker)
         self.update = Update(layout, self.check_exchanged)
         self.loops = 0  # over loaders, in which steps were made
         self._buffers = KeptBuffers(module)
@@ -88,11 +88,6 @@ class Replica:
         self._connection: Connection | None = None
         self._exchange: Exchange | None = None
         self._begun_at_s = 0.0
-        self._made_at_s: float | None = None  # the step before
-        self.batch = 0.0  # samples of the batch at hand, in units of the mean batch; 0: not from a loader of ours
-        self.thermometer = Thermometer()  # of the learning rate
-        self._lr_changes = False
-        self._batch_sizes: dict[tuple[int, int], int] = {}  # (plan's version, mean) -> this worker's
         self._pace = Pace()  # of full steps
         self._has_thin_batch = False  # the batch at hand is for a step that has closed without this worker
         self._decided_step = -1  # the step for which that was decided
@@ -138,7 +133,7 @@ class Replica:
         self.spec = msgspec.structs.replace(self.spec, first_step=step, seed=seed, plan_digest=plan.digest())
         self.spec.validate(plan)
         self.courses = Courses(self.spec.rule, plan, step)
-        self._advice.courses = self.courses
+        self._advice.courses = self.facts.courses = self.courses
         self.position, self.statement.stated_step = Position(step), step
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(self.layout.chunks))
 
@@ -160,12 +155,7 @@ class Replica:
             step: the step that they are for.
             least: samples that every worker's batches have; no more than `batch_size`.
         """
-        course = self.courses.at(step)
-        if (course.version, batch_size) not in self._batch_sizes:
-            self._batch_sizes = {key: size for key, size in self._batch_sizes.items() if key[0] == course.version}
-            samples = apportion(course.plan.batches, batch_size, least)
-            self._batch_sizes[course.version, batch_size] = int(samples[self.worker])
-        return self._batch_sizes[course.version, batch_size]
+        return self.facts.batch_size(batch_size, step, least)
 
     def missed(self) -> bool:
         """Tell whether the step that a batch is asked for closes without this worker.
@@ -236,19 +226,7 @@ class Replica:
         exchange.begin(thin=thin)
         self._begun_at_s = self._now()
         self._spans.mark("begin", step=self.step, thin=thin)
-        outside_s = 0.0 if self._made_at_s is None else self._begun_at_s - self._made_at_s
-        connection.begin(self.step, thin=thin, batch=self.batch, outside_s=outside_s, temperature=self._temperature())
-
-    def _temperature(self) -> float:
-        """Return the temperature of the step, see `torch_qgc.planner.temperature`.
-
-        A learning rate that nobody has set out to change stays what it is, and what is decoded is to be unbiased with
-        it: its temperature is next to 0.
-        """
-        lr, scheduled = self.statement.learning_rate()
-        before, theta = self.thermometer.peak, self.thermometer.read(lr)
-        self._lr_changes |= scheduled or theta < 1.0 or 0.0 < before < lr
-        return theta if self._lr_changes else LEAST
+        connection.begin(self.step, thin=thin, **self.facts.at(self._begun_at_s))
 
     def backward_begins(self) -> None:
         """A backward pass through DDP's outputs begins. Called by autograd."""
@@ -297,7 +275,7 @@ class Replica:
     def _made(self) -> None:
         """A step's result is in .grad."""
         self.position.go("exchange")
-        self._made_at_s = self._now()
+        self.facts.made(self._now())
         self._advice.step_made(self.counts, self._pace.usual_s)
         self._advice.after_backward()
 
@@ -402,7 +380,7 @@ class Replica:
         self._state_if_due()
         scale = self.update.loss_scale()
         self.position.go("replay")
-        connection.begin(self.step, thin=True, temperature=self._temperature())
+        connection.begin(self.step, thin=True, **self.facts.at(self._now()))
         with self._spans("replay", step=self.step):
             exchange.receive(self.step, self._note)
             for p, slot in zip(self.layout.parameters, self.layout.slots):
