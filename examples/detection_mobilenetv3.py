@@ -1,12 +1,12 @@
-"""Train a detector on four unequal workers, one of them slow, in three ways, and compare.
+"""Train a detector on four workers that are slow for different reasons, in several ways, and compare.
 
-    python examples/detection_mobilenetv3.py              three jobs, then a table, two figures and a report
-    python examples/detection_mobilenetv3.py --all        with variants of torch_qgc and torch's hooks
+    python examples/detection_mobilenetv3.py              three jobs, then a table, figures and a report
+    python examples/detection_mobilenetv3.py --all        with the other ways
     python examples/detection_mobilenetv3.py --quick      a minute or two: everything runs, little is learnt
 
-All jobs see the same data, seeds and delays: DDP's all-reduce, which waits for the slow worker; DDP that
-ignores whoever is late; torch_qgc. `train` is the script to read: an ordinary DDP script, where the lines
-that torch_qgc asks for stand next to those they replace.
+All jobs have the same time, data, seeds and workers: an ordinary one, one that pauses at random, one behind a slow link
+and one with a slow processor. `train` is the script to read: an ordinary DDP script, where the lines that torch_qgc
+asks for stand next to those they replace.
 """
 
 import dataclasses
@@ -17,16 +17,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from common import hooks
-from common.files import replacing
 from common.job import Job
 from common.launcher import JobError
 from common.packages import DownloadError
 from common.settings import warmup_cosine
-from detection.data import CocoImages, collate, held_by_workers
+from detection.data import CocoImages, batch_sizes, collate, held_by_workers
 from detection.evaluation import Snapshots
 from detection.model import build_model
-from detection.settings import JOBS, VARIANTS, Settings
+from detection.settings import JOBS, PANELS, VARIANTS, Settings
+from detection.workers import Worker, forever
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,75 +33,85 @@ from torch.utils.data import DataLoader, Subset
 
 import torch_qgc as qgc
 
-COMPUTE_S = 0.12  # a step without delays, about: only a first guess of how often each will be late needs it
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=False)
 
 
 def train(s: Settings) -> None:
     """Train on this rank; torchrun starts it once per worker."""
     job = Job(s, cuda=False)
+    worker = Worker(s, job.rank)  # its machine, emulated
     data = CocoImages(s.data, "train")
-    held = held_by_workers(data, s)
-    epochs, total_steps = s.schedule(images_per_worker=len(held[0]))
 
     model = build_model(len(data.categories) + 1, backbone=s.backbone, size=s.size)
     ddp = DistributedDataParallel(model)
     state = None
     if s.variant.coded:
-        state = qgc.QGCState(ddp, plan=make_plan(s, held), deadline_s=s.deadline_s, late=s.variant.late)
+        held = held_by_workers(data, s)
+        state = qgc.QGCState(ddp, network=worker.network(), **options(s, held))
         ddp.register_comm_hook(state, qgc.qgc_hook)
-        loader = state.loader(data, batch_size=s.batch_size, partitions=held, collate_fn=collate, seed=s.seed)
+        parts = held if s.panel == "stays" else None
+        loader = state.loader(data, batch_size=s.batch_size, partitions=parts, collate_fn=collate, seed=s.seed)
         optimizer = qgc.CodedAdam(model.parameters(), state, lr=s.lr)
+        weight = 1.0
     else:
-        job.part_of_fp32 = hooks.attach(s.variant.way, ddp)  # torch's hooks, in the variants
-        own = Subset(data, held[job.rank])
-        loader = DataLoader(own, batch_size=s.batch_size, shuffle=True, collate_fn=collate)
+        numel = sum(p.numel() for p in model.parameters())
+        sizes = batch_sizes(s, gradient_bytes=4 * numel)
+        job.part_of_fp32 = worker.attach(ddp)
+        own = Subset(data, held_by_workers(data, s, sizes)[job.rank])
+        loader = DataLoader(own, batch_size=int(sizes[job.rank]), shuffle=True, collate_fn=collate, drop_last=True)
         optimizer = torch.optim.Adam(model.parameters(), lr=s.lr)
-    scheduler = LambdaLR(optimizer, warmup_cosine(total_steps, warmup_fraction=s.warmup_fraction))
+        # DDP averages over ranks; where data can move, it is samples that count alike.
+        weight = float(sizes[job.rank] / sizes.mean()) if s.panel == "moves" else 1.0
+
+    factor = warmup_cosine(s.total_s, warmup_fraction=s.warmup_fraction)
+    scheduler = LambdaLR(optimizer, lambda step: factor(worker.seconds(step)))
     if state:
         state.bind(optimizer, scheduler=scheduler)  # so that a late worker can repeat the steps that it missed
 
     job.start(model, optimizer, scheduler, state)
-    snapshots = Snapshots(s.folder, every=max(1, total_steps // s.snapshots), step=job.step)
-    for epoch in range(len(job.curve), epochs):
+    worker.start(job.step, job.began_s)
+    snapshots = Snapshots(s.folder, every_s=s.total_s / s.snapshots, elapsed_s=job.began_s)
+    for images, targets in forever(loader):
+        if worker.seconds(job.step) >= s.total_s:
+            break
+        loss = sum(ddp(images, targets).values())
+        worker.compute(len(images))  # the time that its machine takes
+        (weight * loss).backward()
         if state:
-            loader.set_epoch(epoch)  # also after a resume
-        for images, targets in loader:
-            job.begin_step()  # the injected delay
-            loss = sum(ddp(images, targets).values())
-            loss.backward()
-            if state:
-                state.update()
-            else:
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            job.end_step(loss)
-            if job.rank == 0:
-                snapshots.take(model, job.step, job.elapsed_s)
-        if state:
-            state.sync_buffers()  # BatchNorm's statistics, which each worker has gathered for itself
-        with job.evaluation():
-            pass  # a checkpoint; models are judged when all jobs have ended
+            state.update()
+        else:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        job.end_step(loss, completed=job.elapsed_s)
+        if job.rank == 0 and snapshots.take(model, job.step, job.elapsed_s):
+            job.checkpoint()
 
+    ended_s = job.elapsed_s
+    worker.stop()
+    if state:
+        state.sync_buffers()  # BatchNorm's statistics, which each worker has gathered for itself
+    with job.evaluation():
+        pass  # models are judged when all jobs have ended
     if job.rank == 0:
-        with replacing(s.folder / "model.pt") as path:
-            torch.save(model.state_dict(), path)
+        snapshots.keep(model, job.step, ended_s)
     job.finish(s.variant.title)
     if state:
         state.close()
+    worker.close()
     dist.destroy_process_group()
 
 
-def make_plan(s: Settings, held: list[list[int]]) -> qgc.Plan:
-    """Plan who sends how many bits, and which data he answers for."""
-    if s.variant.decoder == "uncorrected":  # equal shares, and nobody is expected to be late
-        return qgc.make_plan(np.zeros(s.workers), bits_per_coordinate=s.variant.bits, decoder="uncorrected")
-    late = s.delays.missed_rounds(s.deadline_s, COMPUTE_S)
-    own = {"placement": np.eye(s.workers, dtype=bool)} if s.variant.placement == "local" else {}
-    sizes = [len(part) for part in held]
-    return qgc.make_plan(late, bits_per_coordinate=s.variant.bits, partition_sizes=sizes, second_track=None, **own)
+def options(s: Settings, held: list[list[int]]) -> dict:
+    """Return what QGCState is told; where data can move, torch_qgc's defaults do."""
+    own = {}
+    if s.panel == "stays":  # everybody answers for the images that he has
+        own = {"placement": np.eye(s.workers, dtype=bool), "partition_sizes": [len(part) for part in held]}
+    if s.variant.auto:
+        plan = {"plan": qgc.make_plan([0.05] * s.workers, **own)} if own else {}
+        return {"deadline_s": "auto", "downlink_bits": s.downlink_bits, **plan}
+    plan = qgc.make_plan([0.0] * s.workers, bits_per_coordinate=32, decoder="uncorrected", **own)
+    return {"plan": plan, "deadline_s": s.deadline_s * s.pace, "late": "drop"}
 
 
 @app.command("train")
@@ -114,49 +123,42 @@ def train_command(settings: Path) -> None:
 @app.callback(invoke_without_command=True)
 def compare(
     context: typer.Context,
-    steps: Annotated[int, typer.Option(help="Updates per job, rounded to whole epochs.")] = Settings.steps,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute or two: very few steps.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Train the variants, too.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long each job trains.")] = Settings.seconds,
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or two: very little time.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All jobs, on both panels.")] = False,
     job: Annotated[list[str] | None, typer.Option(help=f"Only this job: {', '.join(JOBS | VARIANTS)}.")] = None,
+    panel: Annotated[list[str] | None, typer.Option(help=f"Only this panel: {', '.join(PANELS)}.")] = None,
     data: Annotated[Literal["digits", "trees", "coco"], typer.Option(help="What to detect.")] = "digits",
     root: Annotated[Path | None, typer.Option(help="COCO-format directory, with --data coco.")] = None,
     data_dir: Annotated[Path, typer.Option(help="Where downloads and rendered images are kept.")] = Path("data"),
-    placement: Annotated[Literal["local", "shuffled"], typer.Option()] = "local",
     backbone: Annotated[Literal["small", "large"], typer.Option()] = "small",
     size: Annotated[int, typer.Option(help="Side of the model's input, pixels.")] = Settings.size,
     batch_size: Annotated[int, typer.Option(help="Images per worker and step.")] = Settings.batch_size,
-    deadline_s: Annotated[float, typer.Option(help="Seconds after which a step closes.")] = Settings.deadline_s,
-    bits: Annotated[int, typer.Option(help="Mean bits per coordinate.")] = Settings.bits,
-    lr: Annotated[float, typer.Option(help="Adam's peak learning rate.")] = Settings.lr,
+    lr: Annotated[float | None, typer.Option(help="Adam's peak learning rate; each job's own best by default.")] = None,
     seed: Annotated[int, typer.Option()] = Settings.seed,
     out: Annotated[Path, typer.Option(help="Where logs, figures and the report go.")] = Path("demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
 ) -> None:
-    """Train in three ways on the same data, seeds and delays, and compare."""
+    """Train in several ways for the same time, and compare."""
     if context.invoked_subcommand is not None:
         return
-    unknown = set(job or []) - set(JOBS | VARIANTS)
-    if unknown:
-        raise typer.BadParameter(f"expected {', '.join(JOBS | VARIANTS)}, got {', '.join(unknown)}", param_hint="--job")
+    _check(job or [], JOBS | VARIANTS, "--job")
+    _check(panel or [], PANELS, "--panel")
     if (data == "coco") != (root is not None):
         raise typer.BadParameter("--data coco and --root DIR belong together", param_hint="--root")
     shared = Settings(
         data=(root or data_dir).resolve(),
         folder=out.resolve(),
-        steps=24 if quick else steps,
-        snapshots=3 if quick else Settings.snapshots,
+        seconds=12.0 if quick else seconds,
+        snapshots=2 if quick else Settings.snapshots,
+        stop_s=1.0 if quick else Settings.stop_s,
         batch_size=batch_size,
-        placement=placement,
         backbone=backbone,
         size=size,
-        bits=bits,
-        deadline_s=deadline_s,
-        lr=lr,
         seed=seed,
         resume=resume,
     )
-    chosen = job or list(JOBS | VARIANTS if everything else JOBS)
-    from detection import comparison, rendering  # not above: matplotlib would cost each worker a second
+    from detection import demo, rendering  # not above: matplotlib would cost each worker a second
 
     console = Console()
     try:
@@ -164,10 +166,21 @@ def compare(
             with console.status("Preparing the data (once)"):
                 made = rendering.digits(data_dir, seed=seed) if data == "digits" else rendering.trees(data_dir)
             shared = dataclasses.replace(shared, data=made.resolve())
-        comparison.run(Path(__file__).resolve(), shared, chosen, console)
+        chosen = [
+            dataclasses.replace(shared, panel=p, job=j, lr=lr or demo.tuned_lr(p, j), folder=shared.folder / p / j)
+            for p in panel or (PANELS if everything else demo.PANELS)
+            for j in job or (JOBS if everything else demo.JOBS)
+        ]
+        demo.run(Path(__file__).resolve(), chosen, shared.folder, console)
     except (DownloadError, JobError, FileNotFoundError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
+
+
+def _check(given: list[str], known: dict, option: str) -> None:
+    unknown = set(given) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"expected {', '.join(known)}, got {', '.join(unknown)}", param_hint=option)
 
 
 if __name__ == "__main__":

@@ -314,6 +314,23 @@ def test_broadcast_buffers_is_switched_off_with_a_notice_and_sync_buffers_averag
         assert not syncs
 
 
+def weighed_buffers_job(rank: int) -> list[float]:
+    ddp = DistributedDataParallel(mlp(batch_norm=True), broadcast_buffers=False)
+    state = qgc.QGCState(ddp, deadline_s=None)
+    state.close()
+    statistics, means = ddp.module[1].running_mean, []
+    for computed in ((0, 0), (30, 10), (5000, 300)):
+        state.replica.counts.computed_steps = computed[rank]
+        statistics.fill_(float(rank))
+        state.sync_buffers()
+        means += statistics.unique().tolist()
+    return means
+
+
+def test_buffers_weigh_by_the_steps_they_rest_on_until_there_are_enough_of_them() -> None:
+    assert run_ranks(weighed_buffers_job, ranks=2) == [[0.5, 0.25, 0.5]] * 2
+
+
 def refusals(rank: int) -> dict[str, str]:
     said = {}
 

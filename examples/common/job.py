@@ -22,6 +22,7 @@ from common.launcher import PROGRESS
 from common.result import Result
 
 CHECKPOINT = "checkpoint.pt"
+MADE_EVERY_S = 0.5  # between two entries of the steps that are made
 
 
 class Job:
@@ -41,6 +42,7 @@ class Job:
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         s.folder.mkdir(parents=True, exist_ok=True)
         self.curve: list[result.Row] = []
+        self.made: list[tuple[int, float]] = []
         self.state: qgc.QGCState | None = None
         self.part_of_fp32 = lambda: 1.0  # of DDP's bytes, that another hook sends; torch_qgc counts its own
 
@@ -75,7 +77,8 @@ class Job:
         """Start the clock, at the time and step where the curve ends, together with all ranks."""
         self._steps = int(self.curve[-1]["step"]) if self.curve else 0
         dist.barrier()
-        self._zero_s = time.monotonic() - (self.curve[-1]["time_s"] if self.curve else 0.0)
+        self.began_s = self.curve[-1]["time_s"] if self.curve else 0.0
+        self._zero_s = time.monotonic() - self.began_s
 
     @property
     def elapsed_s(self) -> float:
@@ -91,12 +94,15 @@ class Job:
         """Meet the delay that is injected into this worker's step."""
         time.sleep(self.s.delays.seconds(self.rank, self.step))
 
-    def end_step(self, loss: Tensor) -> None:
-        """Let rank 0 say how far the job is."""
+    def end_step(self, loss: Tensor, *, completed: float | None = None) -> None:
+        """Let rank 0 say how far the job is: in steps, unless `completed` says it in something else."""
         self._steps += 1
         if self.rank == 0:
+            if not self.made or self.elapsed_s > self.made[-1][1] + MADE_EVERY_S:
+                self.made.append((self.step, round(self.elapsed_s, 2)))
+            done = self.step if completed is None else completed
             with replacing(self.s.folder / PROGRESS) as path:
-                path.write_text(json.dumps({"completed": self.step, "loss": f"{loss.item():.2f}"}))
+                path.write_text(json.dumps({"completed": done, "loss": f"{loss.item():.2f}"}))
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[dict[str, float]]:
@@ -114,11 +120,18 @@ class Job:
             yield metrics
         self.model.train()
         self.curve.append(row | metrics)
-        content = {name: part.state_dict() for name, part in self._parts.items()} | {"curve": self.curve}
         if self.rank == 0:
-            with replacing(self.s.folder / CHECKPOINT) as path:
-                torch.save(content, path)
+            self._save(self.curve)
         self.start_clock()
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint between two steps. Of rank 0 alone, without waiting for others."""
+        self._save([*self.curve, {"step": self.step, "time_s": round(self.elapsed_s, 3)}])
+
+    def _save(self, curve: list[result.Row]) -> None:
+        content = {name: part.state_dict() for name, part in self._parts.items()} | {"curve": curve}
+        with replacing(self.s.folder / CHECKPOINT) as path:
+            torch.save(content, path)
 
     def stretch(self, data: Dataset[Any], number: int) -> list[int]:
         """Return the samples to train on before evaluation `number`, by all workers together.
@@ -138,7 +151,7 @@ class Job:
 
     def finish(self, title: str) -> Result:
         """Gather, write and print the result. A collective, before the state is closed."""
-        found = result.gather(title, self.model, self.curve, self.state, self.part_of_fp32())
+        found = result.gather(title, self.model, self.curve, self.state, self.part_of_fp32(), self.made)
         if self.rank == 0:
             found.save(self.s.folder)
             result.show([found], Console())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Result:
             step; `computed`, the part for which it computed one (it replayed the rest); bytes `sent` and `received` per
             step; `hash` of every bit of its parameters.
         plan: as it prints, with the time after which steps close; empty without one.
+        made: (steps, seconds) along the way, since a resume.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Result:
     used: list[float]
     ranks: list[dict[str, Any]]
     plan: str = ""
+    made: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -64,7 +66,14 @@ class Result:
         return cls(**json.loads((folder / "result.json").read_text()))
 
 
-def gather(title: str, model: nn.Module, curve: list[Row], state: qgc.QGCState | None, part_of_fp32: float) -> Result:
+def gather(
+    title: str,
+    model: nn.Module,
+    curve: list[Row],
+    state: qgc.QGCState | None,
+    part_of_fp32: float,
+    made: list[tuple[int, float]],
+) -> Result:
     """Gather what the ranks have to say; every rank gets it.
 
     torch_qgc has counted its bytes. gloo does not: those of a ring all-reduce are computed.
@@ -73,7 +82,7 @@ def gather(title: str, model: nn.Module, curve: list[Row], state: qgc.QGCState |
     used, plan, ring_bytes = [1.0] * workers, "", 2 * (workers - 1) / workers * 4 * numel * part_of_fp32
     mine = {"late": 0.0, "computed": 1.0, "sent": ring_bytes, "received": ring_bytes}
     if state:
-        report, closing = state.report(), state.replica.spec.rule.deadline_s
+        report, closing = state.report(), state.replica.courses.deadline_s(state.step)
         used, steps = report.contributions.tolist(), max(report.steps, 1)
         late, computed = report.late_steps + report.replayed_steps, report.computed_steps
         counts = {"late": late, "computed": computed, "sent": report.bytes_sent, "received": report.bytes_received}
@@ -81,7 +90,7 @@ def gather(title: str, model: nn.Module, curve: list[Row], state: qgc.QGCState |
         plan = f"{state.plan}\nSteps close {f'after {closing:.3g} s' if closing else 'when all are in'}."
     ranks: list[Any] = [None] * workers
     dist.all_gather_object(ranks, mine | {"hash": parameter_hash(model)})
-    return Result(title=title, numel=numel, curve=curve, used=used, ranks=ranks, plan=plan)
+    return Result(title=title, numel=numel, curve=curve, used=used, ranks=ranks, plan=plan, made=made)
 
 
 def parameter_hash(model: nn.Module) -> str:

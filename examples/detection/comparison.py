@@ -1,111 +1,145 @@
-"""Run the jobs one after the other, then judge their models by the same images."""
+"""Run jobs one after the other, then judge the models that they kept, all by the same images."""
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from common.launcher import launch
-from common.result import Result, show
+from common.files import replacing
+from common.launcher import JobError, launch
+from common.result import Result
 from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from detection import evaluation, plots, report
-from detection.curves import curves
-from detection.data import CocoImages, held_by_workers, labels_only_at
+from detection import evaluation
+from detection.data import CocoImages, labels_only_at, partition
 from detection.model import build_model
-from detection.report import Outcome
-from detection.settings import SLOW_WORKER, Settings
+from detection.settings import MACHINES, SLOW_PROCESSOR, Settings
 
-VAL_IMAGES = 200  # for AP50
-LOSS_IMAGES = 64  # for each point of the loss curve; evaluated after the jobs, so it costs them no time
-PICTURED = 4
+VAL_IMAGES = 100
+JUDGES = 2  # processes
 
 
-def run(script: Path, shared: Settings, jobs: Sequence[str], console: Console) -> list[Outcome]:
-    """Train each job, evaluate all, and write the table, the figures and the report to `shared.folder`."""
-    data = CocoImages(shared.data, "train")
-    held = held_by_workers(data, shared)
-    _, total_steps = shared.schedule(len(held[0]))
-    results = [
-        train(script, dataclasses.replace(shared, job=job, folder=shared.folder / job), total_steps, console)
-        for job in jobs
-    ]
-    val = CocoImages(shared.data, "val", limit=VAL_IMAGES)
-    slow_labels = labels_only_at(data, held, SLOW_WORKER)
-    outcomes = evaluate(shared, dict(zip(jobs, results)), val, slow_labels, console)
-    curves({"validation loss": {o.result.title: o.curve for o in outcomes}}, shared.folder / "loss_vs_time.png")
-    models = {o.result.title: _load(shared, val, shared.folder / job / "model.pt") for job, o in zip(jobs, outcomes)}
-    plots.detections(models, val, shared.folder / "detections.png", count=PICTURED)
-    slow_names = [val.categories[label - 1] for label in slow_labels]
-    (shared.folder / "report.md").write_text(report.markdown(outcomes, shared, slow_names))
-    show(results, console, report.rows(outcomes, slow_names))
-    console.print(f"Figures and report: {shared.folder}")
-    return outcomes
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """How good a job's model is at some time: seconds and steps since the start, and average precisions."""
+
+    time_s: float
+    step: int
+    ap50: float
+    ap50_slow: float
 
 
-def train(script: Path, settings: Settings, total_steps: int, console: Console) -> Result:
-    """Train one job, or take its result if it had ended before the comparison was resumed."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A job that has ended, and what its models along the way are worth.
+
+    Fields:
+        settings, result: the job.
+        points: in order, the last one at its end.
+    """
+
+    settings: Settings
+    result: Result
+    points: Sequence[Point]
+
+    @property
+    def title(self) -> str:
+        """What pictures call the job."""
+        return self.result.title
+
+    def seconds_to(self, level: float) -> float:
+        """Return when an AP50 was reached first, between two points by interpolation; inf if it was not."""
+        return seconds_to(level, [p.time_s for p in self.points], [p.ap50 for p in self.points])
+
+
+def seconds_to(level: float, times_s: Sequence[float], values: Sequence[float]) -> float:
+    """Return when a curve that begins with 0 at 0 first reaches a level; inf if it does not."""
+    times, found = np.array([0.0, *times_s]), np.array([0.0, *values])
+    reached = np.flatnonzero(found >= level)
+    if not reached.size:
+        return float("inf")
+    after = int(reached[0])
+    return float(np.interp(level, found[after - 1 : after + 1], times[after - 1 : after + 1])) if after else 0.0
+
+
+def run(script: Path, settings: Settings, console: Console, *, title: str) -> Result:
+    """Train one job, or take its result if it had ended before the comparison was resumed.
+
+    Raises:
+        JobError: it failed, or `settings.folder` holds a job with other settings.
+    """
     if not settings.resume:
         shutil.rmtree(settings.folder, ignore_errors=True)
+    file = settings.folder / "settings.json"
+    if file.exists() and dataclasses.replace(Settings.load(file), resume=True) != settings:
+        raise JobError(
+            f"{settings.folder} holds a job with other settings: leave out --resume, or choose another --out"
+        )
     if not (settings.folder / "result.json").exists():
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        settings.save(settings.folder / "settings.json")
+        settings.save(file)
         launch(
-            [str(script), "train", str(settings.folder / "settings.json")],
+            [str(script), "train", str(file)],
             settings.folder,
             workers=settings.workers,
-            title=settings.variant.title,
-            steps=total_steps,
+            title=title,
+            steps=round(settings.total_s),
             console=console,
         )
     return Result.load(settings.folder)
 
 
-def evaluate(
-    shared: Settings,
-    results: Mapping[str, Result],
-    val: CocoImages,
-    slow_labels: Sequence[int],
-    console: Console,
-) -> list[Outcome]:
-    """Compute validation losses along the way, and AP50 at the end and when the fastest job ended."""
-    torch.set_num_threads(1)  # for so small a model more threads only wait for each other
-    equal_s = min(result.wall_s for result in results.values())
-    outcomes = []
-    for job, result in track(results.items(), "Evaluating", console=console, transient=True):
-        folder = shared.folder / job
-        curve, best_early = [], None
-        for snapshot in evaluation.snapshots(folder):
-            model = _load(shared, val, snapshot["model"])
-            loss = evaluation.validation_loss(model, val, images=LOSS_IMAGES)
-            curve.append((snapshot["step"], snapshot["time_s"], loss))
-            if snapshot["time_s"] <= equal_s:
-                best_early = model
-        model = _load(shared, val, folder / "model.pt")
-        curve.append((result.steps, result.wall_s, evaluation.validation_loss(model, val, images=LOSS_IMAGES)))
-        found = evaluation.coco_results(model, val)
-        early = found if result.wall_s <= equal_s else _results(best_early, val)
-        outcomes.append(
-            Outcome(
-                result=result,
-                curve=curve,
-                ap50=evaluation.ap50(val, found),
-                ap50_slow=evaluation.ap50(val, found, slow_labels),
-                ap50_equal_time=evaluation.ap50(val, early),
-                loss_equal_time=report.at_time(curve, equal_s),
-            )
+def judge(jobs: Sequence[tuple[Settings, Result]], console: Console) -> list[Outcome]:
+    """Compute the average precision of every model that was kept, in two processes."""
+    models = [(s, path) for s, _ in jobs for path in evaluation.snapshots(s.folder)]
+    one_thread = dict(initializer=torch.set_num_threads, initargs=(1,))  # more of them only wait for each other
+    with ProcessPoolExecutor(JUDGES, mp_context=get_context("spawn"), **one_thread) as pool:
+        points = list(
+            track(pool.map(_judged, models), "Evaluating", total=len(models), console=console, transient=True)
         )
-    return outcomes
+    return [
+        Outcome(settings=s, result=result, points=[point for (of, _), point in zip(models, points) if of is s])
+        for s, result in jobs
+    ]
 
 
-def _results(model: nn.Module | None, val: CocoImages) -> list[dict]:
-    return [] if model is None else evaluation.coco_results(model, val)
-
-
-def _load(shared: Settings, val: CocoImages, state: Path | dict) -> nn.Module:
-    model = build_model(len(val.categories) + 1, backbone=shared.backbone, size=shared.size)
-    model.load_state_dict(torch.load(state, weights_only=True) if isinstance(state, Path) else state)
+def load(s: Settings, state: dict[str, Any], train: CocoImages) -> nn.Module:
+    """Return a model that was kept, with BatchNorm's statistics gathered anew."""
+    model = build_model(len(train.categories) + 1, backbone=s.backbone, size=s.size)
+    model.load_state_dict(state)
+    evaluation.gather_statistics(model, train)
     return model
+
+
+def slow_labels(data: CocoImages, s: Settings) -> list[int]:
+    """Return the labels of what only the worker with the slow processor has, where data stay where they are."""
+    held = partition(data, [1.0] * len(MACHINES), moves=False, seed=s.seed)
+    return labels_only_at(data, held, SLOW_PROCESSOR)
+
+
+def _judged(kept_by: tuple[Settings, Path]) -> Point:
+    """Judge a model. What is found is kept beside it, so that resuming does not judge it again."""
+    s, path = kept_by
+    scored = path.with_suffix(".json")
+    if not scored.exists():
+        kept: dict[str, Any] = torch.load(path, weights_only=True)
+        train, val = CocoImages(s.data, "train"), CocoImages(s.data, "val", limit=VAL_IMAGES)
+        found = evaluation.coco_results(load(s, kept["model"], train), val)
+        slow = slow_labels(train, s)
+        point = Point(
+            time_s=kept["time_s"] / s.pace,
+            step=kept["step"],
+            ap50=evaluation.ap50(val, found),
+            ap50_slow=evaluation.ap50(val, found, slow),
+        )
+        with replacing(scored) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(point)))
+    return Point(**json.loads(scored.read_text()))

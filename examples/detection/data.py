@@ -9,10 +9,16 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from scipy.optimize import brentq
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection.settings import Settings
+from detection.settings import MACHINES, Settings
+from torch_qgc.planner.batches import apportion
+from torch_qgc.planner.checks import Ints
+
+CORE_IMAGE_S = 0.01  # what a core of this machine takes for an image, about
+LEAST_BATCH = 2  # BatchNorm cannot train on one image where a feature map has one pixel
 
 Target = dict[str, Tensor]
 
@@ -75,38 +81,57 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[
     return list(images), list(targets)
 
 
-def partition(data: CocoImages, workers: int, *, placement: str, seed: int) -> list[list[int]]:
-    """Say which worker holds which images.
+def partition(data: CocoImages, parts: Sequence[float], *, moves: bool, seed: int) -> list[list[int]]:
+    """Cut the data into parts, disjoint.
 
     Args:
-        placement: "local": images stay at the site they come from (or, where the data set has no sites, in
-            contiguous blocks of image numbers); "shuffled": blocks of one random permutation.
+        parts: how large they are in relation to each other.
+        moves: parts are of one random permutation; else of the data's own order, or the sites where it names some.
     Returns:
-        `workers` lists of indices that cover the data set, disjoint.
+        lists of indices that cover the data set.
     """
     order = np.arange(len(data))
     sites = [data.site(index) for index in range(len(data))]
-    if placement == "local" and None not in sites:
-        return [[int(i) for i in order if sites[i] == worker] for worker in range(workers)]
-    if placement == "shuffled":
+    if not moves and None not in sites:
+        return [[int(i) for i in order if sites[i] == site] for site in range(len(parts))]
+    if moves:
         order = np.random.default_rng(seed).permutation(order)
-    return [block.tolist() for block in np.array_split(order, workers)]
+    ends = np.round(np.cumsum(parts) / np.sum(parts) * len(order)).astype(int)
+    return [block.tolist() for block in np.split(order, ends[:-1])]
 
 
-def held_by_workers(data: CocoImages, s: Settings) -> list[list[int]]:
-    """Return the images each worker trains on: its partition, cut to as many whole batches as everybody's.
+def held_by_workers(data: CocoImages, s: Settings, sizes: Sequence[float] | None = None) -> list[list[int]]:
+    """Return the images that each worker of a job trains on.
 
-    Plain DDP needs epochs of equal length on all ranks; the partitions differ by a few images at most. A run
-    of less than an epoch needs no more than `s.steps` batches.
+    Args:
+        sizes: of its workers' batches. Data that can move are spread accordingly, and over those that take part only.
     """
-    partitions = partition(data, s.workers, placement=s.variant.placement, seed=s.seed)
-    batches = min(min(map(len, partitions)) // s.batch_size, s.steps)
-    if batches < 1:
-        raise ValueError(
-            f"expected at least one batch of {s.batch_size} images per worker, got "
-            f"{[len(part) for part in partitions]} images; use a smaller --batch-size"
-        )
-    return [part[: batches * s.batch_size] for part in partitions]
+    workers, moves = s.variant.workers, s.panel == "moves"
+    held = partition(data, sizes if moves and sizes is not None else [1.0] * len(MACHINES), moves=moves, seed=s.seed)
+    return held if len(held) == len(workers) else [held[worker] for worker in workers]
+
+
+def batch_sizes(s: Settings, *, gradient_bytes: int) -> Ints:
+    """Return the batches of DDP's workers, in images: alike, or by speed, as if somebody had told their speeds.
+
+    With batches by speed a step takes T seconds, the least in which the workers that all wait for each other can do as
+    many images as with equal batches: B_k = max(least, (T - F_k) / s_k), s_k seconds per image and F_k for the link.
+
+    Args:
+        gradient_bytes: in fp32.
+    """
+    machines, total = s.machines, s.batch_size * s.workers
+    if not s.variant.by_speed:
+        return np.full(s.workers, s.batch_size)
+    ring_bytes = 2 * (s.workers - 1) / s.workers * gradient_bytes * (0.5 if s.variant.bf16 else 1.0)
+    image_s = np.array([m.sample_s + CORE_IMAGE_S for m in machines])
+    link_s = np.array([ring_bytes / m.link_bytes_per_s if m.link_bytes_per_s else 0.0 for m in machines])
+
+    def batches(step_s: float) -> np.ndarray:
+        return np.maximum((step_s - link_s) / image_s, LEAST_BATCH)
+
+    step_s = brentq(lambda at: batches(at).sum() - total, 0.0, image_s.max() * total + link_s.max())
+    return apportion(batches(step_s) / s.batch_size, s.batch_size, least=LEAST_BATCH)
 
 
 def labels_only_at(data: CocoImages, partitions: Sequence[Sequence[int]], worker: int) -> list[int]:

@@ -15,51 +15,62 @@ from torch.utils.data import DataLoader, Subset
 
 from detection.data import CocoImages, collate
 
+STATISTICS_IMAGES = 128
+
 
 class Snapshots:
-    """Models kept along the way, to be judged when training is over.
+    """Models kept along the way and at the end, to be judged when training is over.
 
     Args:
         folder: where they are kept, in `snapshot<step>.pt`.
-        every: a model is kept about every so many steps.
-        step: at which the job goes on; what an interrupted run kept of later steps is dropped.
+        every_s: a model is kept every so many seconds.
+        elapsed_s: at which the job goes on; what an interrupted run kept of later times is dropped.
     """
 
-    def __init__(self, folder: Path, *, every: int, step: int = 0) -> None:
-        self._folder, self._every, self._last = folder, every, step
+    def __init__(self, folder: Path, *, every_s: float, elapsed_s: float = 0.0) -> None:
+        self._folder, self._every_s, self._next_s = folder, every_s, elapsed_s + every_s
         for path in folder.glob("snapshot*.pt"):
-            if int(path.stem.removeprefix("snapshot")) > step:
+            if torch.load(path, weights_only=True)["time_s"] > elapsed_s:
                 path.unlink(missing_ok=True)
 
-    def take(self, model: nn.Module, step: int, time_s: float) -> None:
-        """Keep the model if it is time to."""
-        if step >= self._last + self._every:
-            self._last = step
-            with replacing(self._folder / f"snapshot{step:06d}.pt") as path:
-                torch.save({"step": step, "time_s": time_s, "model": model.state_dict()}, path)
+    def take(self, model: nn.Module, step: int, time_s: float) -> bool:
+        """Keep the model if it is time to; tell whether it was."""
+        due = time_s >= self._next_s
+        if due:
+            self._next_s += self._every_s
+            self.keep(model, step, time_s)
+        return due
+
+    def keep(self, model: nn.Module, step: int, time_s: float) -> None:
+        """Keep the model."""
+        with replacing(self._folder / f"snapshot{step:06d}.pt") as path:
+            torch.save({"step": step, "time_s": time_s, "model": model.state_dict()}, path)
 
 
-def snapshots(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the models kept along the way: `step`, `time_s`, `model` (a state dict)."""
-    for path in sorted(folder.glob("snapshot*.pt")):
-        yield torch.load(path, weights_only=True)
+def snapshots(folder: Path) -> list[Path]:
+    """Return the files of the models that were kept, in order; the last one is the job's result."""
+    return sorted(folder.glob("snapshot*.pt"))
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, data: CocoImages, *, images: int, batch_size: int = 16) -> float:
-    """Return the mean loss per image over the first `images` of the data, with fixed batch statistics.
+def gather_statistics(
+    model: nn.Module, data: CocoImages, *, images: int = STATISTICS_IMAGES, batch_size: int = 8
+) -> None:
+    """Gather BatchNorm's statistics anew over training images of all workers, for every job alike.
 
-    The same images, whatever a job trained on: a job that ignores a worker's data pays for it here.
+    Those of a job are a matter of who gathered them: DDP takes rank 0's, who has seen its own images only.
     """
-    model.train()  # torchvision's detectors compute losses in training only
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    part = Subset(data, range(min(images, len(data))))
-    total = 0.0
-    for batch, targets in DataLoader(part, batch_size=batch_size, collate_fn=collate):
-        total += float(sum(model(batch, targets).values())) * len(batch)
-    return total / len(part)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+    model.train()
+    chosen = np.random.default_rng(0).permutation(len(data))[:images].tolist()
+    for batch, targets in DataLoader(Subset(data, chosen), batch_size=batch_size, collate_fn=collate, drop_last=True):
+        model(batch, targets)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 @torch.no_grad()

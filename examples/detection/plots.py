@@ -12,15 +12,22 @@ from detection.curves import COLOURS
 from detection.data import CocoImages
 from detection.evaluation import detect
 
-SHOWN_SCORE = 0.3
+SURE = 0.3  # boxes with a lower score are dashed
 
 
 def detections(models: Mapping[str, nn.Module], data: CocoImages, path: Path, *, count: int) -> None:
-    """Draw the first images of the data: a row per image, the people's boxes first, then each model's."""
+    """Draw the first images of the data: a row per image, the people's boxes first, then each model's.
+
+    Of every model there are as many boxes as there are objects, those with the highest scores, so that one sees what
+    a model that is not sure of anything would say.
+    """
     items = [data[index] for index in range(min(count, len(data)))]
-    images = [image for image, _ in items]
-    columns = {"true": [target for _, target in items]}
-    columns |= {title: [_confident(found) for found in detect(model, images)] for title, model in models.items()}
+    images, truth = [image for image, _ in items], [target for _, target in items]
+    columns = {"true": truth}
+    columns |= {
+        title: [_best(found, len(target["labels"])) for found, target in zip(detect(model, images), truth)]
+        for title, model in models.items()
+    }
     figure = Figure(figsize=(2.6 * len(columns), 2.6 * len(items) + 0.3), layout="constrained")
     grid = figure.subplots(len(items), len(columns), squeeze=False)
     for column, (title, all_found) in enumerate(columns.items()):
@@ -33,18 +40,23 @@ def detections(models: Mapping[str, nn.Module], data: CocoImages, path: Path, *,
     figure.savefig(path, dpi=120)
 
 
-def _confident(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    kept = found["scores"] >= SHOWN_SCORE
-    return {key: values[kept] for key, values in found.items()}
+def _best(found: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    best = found["scores"].argsort(descending=True)[:count]
+    return {key: values[best] for key, values in found.items()}
 
 
 def _draw_boxes(axes: Axes, found: Mapping[str, Tensor], names: Sequence[str], colour: str) -> None:
-    for (x0, y0, x1, y1), label in zip(found["boxes"].tolist(), found["labels"].tolist()):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
+    scores = found.get("scores")
+    for number, ((x0, y0, x1, y1), label) in enumerate(zip(found["boxes"].tolist(), found["labels"].tolist())):
+        score = None if scores is None else float(scores[number])
+        style = "-" if score is None or score >= SURE else "--"
+        axes.add_patch(
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5, linestyle=style)
+        )
         axes.text(
             x0,
             y0,
-            names[label - 1],
+            names[label - 1] if score is None else f"{names[label - 1]} {score:.2f}",
             fontsize=7,
             color="black",
             verticalalignment="bottom",

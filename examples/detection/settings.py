@@ -5,13 +5,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.delays import Delays
 from common.files import replacing
+from common.machines import Machine
 
-# Seconds before a worker begins a step. The last worker is the slow one; it is on time now and then.
-SHIFT_S = (0.00, 0.01, 0.02, 0.10)
-WAIT_S = (0.01, 0.02, 0.02, 0.70)
-SLOW_WORKER = 3
+MACHINES = (
+    Machine(sample_s=0.02),
+    Machine(sample_s=0.02, pause_every_s=4.0, pause_s=1.5),
+    Machine(sample_s=0.02, link_bytes_per_s=12.5e6),  # 100 Mbit/s
+    Machine(sample_s=0.08),  # a processor that is four times slower
+)
+CAUSES = ("ordinary", "pauses", "slow link", "slow processor")
+FAST = (0, 1)  # whom a job keeps that leaves the slow ones out
+PAUSES, SLOW_LINK, SLOW_PROCESSOR = 1, 2, 3
+
+#: Data that can move are spread over the workers at random; data that stay are trained on where they are.
+PANELS = {"moves": "data can move", "stays": "data stay where they are"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,35 +27,31 @@ class Job:
     """One way to train.
 
     Fields:
-        title: what the report calls it.
+        title: what tables and pictures call it.
         coded: trained by torch_qgc's hook; else DDP, which waits for everybody.
-        way: how DDP's gradients are averaged, of common.hooks.TITLES.
-        late: "fold" or "drop" what comes after the deadline.
-        decoder: "unbiased", or "uncorrected": whoever is late is ignored.
-        bits: mean bits per coordinate that a worker sends; None: the setting's; 32: not quantized.
-        placement: "local", "shuffled", or None: the setting's.
+        by_speed: DDP's batches are such that nobody waits for a slow processor; it is told the true speeds.
+        bf16: DDP averages gradients in bf16.
+        workers: those that take part.
+        auto: torch_qgc measures the workers, and chooses batches, bits and deadline; else the setting's deadline
+            holds, who is late is ignored, and nothing is quantized: the average of the arrivals.
     """
 
     title: str
-    coded: bool = True
-    way: str = "qgc"
-    late: str = "fold"
-    decoder: str = "unbiased"
-    bits: int | None = None
-    placement: str | None = None
+    coded: bool = False
+    by_speed: bool = False
+    bf16: bool = False
+    workers: tuple[int, ...] = (0, 1, 2, 3)
+    auto: bool = False
 
 
 JOBS = {
-    "ddp": Job(title="DDP, waits", coded=False, way="ddp"),
-    "is_sgd": Job(title="IS-SGD, ignores the late", late="drop", decoder="uncorrected", bits=32),
-    "qgc": Job(title="torch_qgc"),
+    "ddp": Job(title="DDP, waits"),
+    "fast": Job(title="DDP without the slow", workers=FAST),
+    "speed": Job(title="DDP, batches by speed", by_speed=True),
+    "arrivals": Job(title="average of the arrivals", coded=True),
+    "qgc": Job(title="torch_qgc", coded=True, auto=True),
 }
-VARIANTS = {
-    "ddp_bf16": Job(title="DDP, bf16 hook", coded=False, way="bf16"),
-    "ddp_powersgd": Job(title="DDP, PowerSGD hook", coded=False, way="powersgd"),
-    "qgc_drop": Job(title="torch_qgc, late dropped", late="drop"),
-    "qgc_shuffled": Job(title="torch_qgc, data shuffled", placement="shuffled"),
-}
+VARIANTS = {"bf16": Job(title="DDP, batches by speed, bf16", by_speed=True, bf16=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,50 +62,57 @@ class Settings:
         data: directory in COCO format.
         folder: where this job's logs, snapshots and result go.
         job: key of JOBS or VARIANTS.
-        workers: processes.
-        steps: updates; rounded to whole epochs, or one shorter epoch.
-        batch_size: images per worker and step.
+        panel: key of PANELS.
+        seconds: how long the job takes; its learning rate follows the time.
+        batch_size: images per worker and step, the mean over workers.
         size: side of the model's input in pixels; costs time with its square.
-        bits: mean bits per coordinate; more: less noise, more traffic.
-        deadline_s: seconds after the first worker's start at which a step closes; less: faster, more late.
+        deadline_s: of the average of the arrivals: seconds after the first worker's start at which a step closes.
+        downlink_bits: of torch_qgc's results.
         lr: Adam's peak learning rate.
+        snapshots: how many models are kept along the way, for the curve.
+        stop_s: for so many seconds a worker is stopped in the middle of the job; 0: it is not.
+        pace: how many times as long everything takes that is emulated, and the job. More: what this machine's own
+            cores take matters less, where they are busy or slow.
         resume: go on from the checkpoint in `folder`, if there is one.
-        snapshots: how many models are kept along the way, for the curve of the validation loss.
     """
 
     data: Path
     folder: Path
     job: str = "qgc"
-    workers: int = 4
-    steps: int = 248
-    batch_size: int = 4
-    placement: str = "local"
+    panel: str = "moves"
+    seconds: float = 110.0
+    batch_size: int = 8
     backbone: str = "small"
-    size: int = 160
-    bits: int = 8
-    deadline_s: float = 0.25
+    size: int = 96
+    deadline_s: float = 0.4
+    downlink_bits: int = 8
     lr: float = 6e-3
     warmup_fraction: float = 0.1
-    snapshots: int = 8
+    snapshots: int = 12
+    stop_s: float = 6.0
+    pace: float = 1.0
     seed: int = 0
     resume: bool = False
 
     @property
     def variant(self) -> Job:
-        """The job, with the settings it leaves open filled in."""
-        job = (JOBS | VARIANTS)[self.job]
-        return dataclasses.replace(job, bits=job.bits or self.bits, placement=job.placement or self.placement)
+        """The job."""
+        return (JOBS | VARIANTS)[self.job]
 
     @property
-    def delays(self) -> Delays:
-        """The delays that every job meets."""
-        return Delays(shift_s=SHIFT_S, wait_s=WAIT_S, seed=self.seed)
+    def machines(self) -> tuple[Machine, ...]:
+        """Those of the workers that take part."""
+        return tuple(MACHINES[worker].at_pace(self.pace) for worker in self.variant.workers)
 
-    def schedule(self, images_per_worker: int) -> tuple[int, int]:
-        """Return epochs, as many as come nearest to `steps`, and the updates they make."""
-        steps_per_epoch = images_per_worker // self.batch_size
-        epochs = max(1, round(self.steps / steps_per_epoch))
-        return epochs, epochs * steps_per_epoch
+    @property
+    def total_s(self) -> float:
+        """Seconds that the job really takes."""
+        return self.seconds * self.pace
+
+    @property
+    def workers(self) -> int:
+        """Processes."""
+        return len(self.variant.workers)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

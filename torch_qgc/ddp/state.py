@@ -41,6 +41,9 @@ from torch_qgc.worker.statement import Verifiable
 
 __all__ = ["QGCState", "attach", "qgc_hook"]
 
+#: Steps from which on a running average has all but forgotten what it began with: 2 / BatchNorm's usual least momentum.
+_REMEMBERED_STEPS = 200
+
 
 class QGCState:
     """The state of `qgc_hook`: one worker's part in a quantized gradient coding job.
@@ -308,11 +311,20 @@ class QGCState:
 
     @torch.no_grad()
     def sync_buffers(self) -> None:
-        """Average floating-point buffers (BatchNorm's statistics) over all ranks; others are rank 0's. Collective."""
+        """Average floating-point buffers (BatchNorm's statistics) over all ranks; others are rank 0's. Collective.
+
+        A rank that has computed few steps has statistics that still remember what they began with, so it weighs as its
+        steps do, up to those that such an average remembers; beyond, all ranks weigh alike, whose data differ.
+        """
+        weight = torch.tensor(float(min(self.replica.counts.computed_steps, _REMEMBERED_STEPS)))
+        weight = weight.to(next(self._model.module.parameters()).device)
+        total = weight.clone()
+        dist.all_reduce(total, group=self._group)
+        share = weight / total if total > 0 else 1.0 / self.workers
         for buffer in self._model.module.buffers():
             if buffer.is_floating_point():
+                buffer.mul_(share)
                 dist.all_reduce(buffer, group=self._group)
-                buffer.div_(self.workers)
             else:
                 dist.broadcast(buffer, dist.get_global_rank(self._group, 0), group=self._group)
 
