@@ -33,6 +33,7 @@ LEAST_SAMPLES = 2
 # A plan is changed for a batch or a deadline that differs by more than this, and a deadline is set for a gain above it:
 # below, estimates differ by chance.
 _WORTHWHILE = 0.1
+_PATIENCE = 3.0  # rounds of usual length, after which a step closes in any case
 _ROWS = 64  # of the delays that deadlines are chosen from
 
 
@@ -138,9 +139,12 @@ class Steering:
         deadline_s, late, speedup = course.deadline_s, np.zeros(len(alive)), 1.0
         if self._auto_deadline:
             choice = choose_deadline(rounds, lambda p: _Living(plan, alive, p))
-            deadline_s = None
+            # Where nothing that was seen is worth a deadline, there is one for what was not: a pause that comes for the
+            # first time, or seldom, must not hold everybody up for as long as it lasts.
+            deadline_s = _PATIENCE * rounds.waiting().round_s
             if choice.speedup > 1.0 + _WORTHWHILE:
-                deadline_s, late, speedup = choice.deadline_s, choice.straggle_probs, choice.speedup
+                deadline_s, speedup = choice.deadline_s, choice.speedup
+            late = 1.0 - rounds.cadence(deadline_s).rates
         elif deadline_s is not None:
             late = 1.0 - rounds.cadence(deadline_s).rates
         p = np.array(plan.straggle_probs)
