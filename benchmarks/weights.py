@@ -34,7 +34,7 @@ from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import IDEAL, Trace, simulate
 from torch_qgc.simulator.arrivals import JobRounds
 from torch_qgc.simulator.delays import DelaySource
-from torch_qgc.simulator.machines import Load
+from torch_qgc.simulator.machines import Demand
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from common import digits
@@ -117,8 +117,8 @@ def _small(part: TensorDataset) -> TensorDataset:
 
 def steps_within(horizon_s: float, table: np.ndarray, rule: ClosingRule, plan: Any) -> int:
     """Return how many steps a job closes in that time: the clock does not depend on what is computed."""
-    delays, load = DelaySource(table, WORKERS, 0), Load.plain(WORKERS)
-    clock = JobRounds(delays, rule, np.ones(WORKERS, dtype=bool), plan, load=load, log_steps=512)
+    delays, demand = DelaySource(table, WORKERS, 0), Demand((1,), (1,), 32)
+    clock = JobRounds(delays, rule, np.ones(WORKERS, dtype=bool), plan, demand=demand, log_steps=512)
     step = 0
     while clock.close(step).closed_at_s <= horizon_s:
         step += 1

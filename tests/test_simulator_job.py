@@ -27,7 +27,7 @@ from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import coding, descent, simulate, trajectory
 from torch_qgc.simulator.arrivals import Contribution, JobRounds, RoundOutcome
 from torch_qgc.simulator.delays import DelaySource
-from torch_qgc.simulator.machines import Load, Machines
+from torch_qgc.simulator.machines import Demand, Machines
 
 # ------------------------------------------------------------------------------------- against a running job
 STEPS_OF_JOB = 120
@@ -72,7 +72,7 @@ def test_a_simulated_job_decodes_the_bits_of_the_aggregator(
     sent = torch.zeros(4, numel)
     for n in range(4):
         codec.mix(n, rows[n], lambda k: sent[k])
-    source, load = DelaySource(delays, 4, 0), Load(np.ones(4), *codec.sizes())
+    source, load = DelaySource(delays, 4, 0), Demand((numel,), (numel,), downlink_bits).load(plan)
 
     def link(way: str, peer: bytes, frames: Any) -> float:
         worker = [simulated.peer_of(k) for k in range(4)].index(peer)
@@ -123,7 +123,7 @@ def test_a_late_worker_misses_the_steps_it_is_late_for(awaits: Any, step_s: floa
         ClosingRule(deadline_s=1.0, warmup_steps=0, late="drop", awaits=awaits),
         np.ones(3, dtype=bool),
         make_plan([0.1] * 3),
-        load=Load.plain(3),
+        demand=Demand((1,), (1,), 32),
         log_steps=256,
     )
     outcomes = [rounds.close(step) for step in range(8)]
@@ -202,6 +202,8 @@ def real_job(rank: int, late: Any, recording: str) -> tuple[np.ndarray, list[flo
 
 class Recorded:
     """A job's arrivals as its aggregator noted them, through the job's rules again: `Arrivals` for the simulator."""
+
+    courses = None
 
     def __init__(self, recording: Path, rule: ClosingRule) -> None:
         self.events = [msgspec.json.decode(line) for line in recording.read_bytes().splitlines()]

@@ -16,12 +16,12 @@ from test_aggregator import assert_mean_is
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.kernels import payload_bytes
-from torch_qgc.planner import make_plan
+from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import IDEAL, Change, Machines, simulate
 from torch_qgc.simulator.arrivals import JobRounds, RoundOutcome
 from torch_qgc.simulator.delays import DelaySource
-from torch_qgc.simulator.machines import Load, Times
+from torch_qgc.simulator.machines import Demand, Load, Times
 
 ALL_CAUSES = Machines(
     workers=3,
@@ -134,6 +134,19 @@ def test_changes_that_cannot_be_are_refused(options: dict[str, Any], message: st
 
 
 # --------------------------------------------------------------------------------------------------- rounds
+class Given(Demand):
+    """A load that is given as it is."""
+
+    def load(self, plan: Plan) -> Load:
+        return self.given
+
+
+def demand(given: Load) -> Demand:
+    made = Given((1,), (1,), 32)
+    made.given = given
+    return made
+
+
 def rounds(machines: Machines, what: Load | None = None, **rule: Any) -> JobRounds:
     count = machines.workers
     return JobRounds(
@@ -141,7 +154,7 @@ def rounds(machines: Machines, what: Load | None = None, **rule: Any) -> JobRoun
         ClosingRule(**{"warmup_steps": 0, "max_staleness": 100, **rule}),
         np.ones(count, dtype=bool),
         make_plan([0.1] * count),
-        load=what or load(count),
+        demand=demand(what or load(count)),
         log_steps=10_000,
     )
 

@@ -1,4 +1,4 @@
-"""What is compared: waiting, ignoring and folding late payloads, with equal batches or batches by speed."""
+"""What is compared: waiting, ignoring and folding late payloads, equal batches or batches by speed, and measuring."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from lever_runs.settings import Setting
+from torch_qgc.ddp.settings import UNKNOWN_LATE
 from torch_qgc.planner import Plan, segment_weights
 from torch_qgc.planner.batches import choose_batches
 from torch_qgc.planner.cadence import JobRounds
@@ -34,14 +35,15 @@ class Method:
 
     Args:
         why: in words.
-        late: "wait" for them, with a ring all-reduce of fp32; "ignore" or "fold" what comes after the deadline.
+        late: "wait" for them, with a ring all-reduce of fp32; "ignore" or "fold" what comes after the deadline; or
+            "measure" them while training, with the defaults of a job, and knowing nothing of the machines before.
         batches: batches by speed instead of equal ones.
         rule: further fields of the `ClosingRule`.
         decoder: what folded payloads weigh.
     """
 
     why: str
-    late: Literal["wait", "ignore", "fold"]
+    late: Literal["wait", "ignore", "fold", "measure"]
     batches: bool = False
     rule: Mapping[str, Any] = field(default_factory=dict)
     decoder: str = "unbiased"
@@ -58,6 +60,7 @@ METHODS = {
     "fold, batches, begun, annealed": Method(
         why="and at m while the learning rate is high", late="fold", batches=True, decoder="annealed"
     ),
+    "auto": Method(why="everything is measured while training", late="measure", decoder="annealed"),
 }
 
 
@@ -78,6 +81,8 @@ def make_job(method: Method, setting: Setting, parts: Sequence[np.ndarray] | Non
     """
     if method.late == "wait":
         return _waiting(method, setting, parts)
+    if method.late == "measure":
+        return _measuring(method, setting, parts)
     machines, workers = setting.machines, list(range(setting.machines.workers))
     bits, down = (setting.bits, setting.downlink_bits) if method.late == "fold" else (32, 32)
     load = Load(np.ones(len(workers)), np.full(len(workers), bits / 32), down / 32)
@@ -110,6 +115,15 @@ def _waiting(method: Method, setting: Setting, parts: Sequence[np.ndarray] | Non
         batches = _together(machines, _fixed_s(machines, Load(batches, batches, 1.0)))
     plan = _plan(parts, batches, np.ones(count), batches, 32, "unbiased")
     return Job(plan, {"delays": machines}, list(range(count)))
+
+
+def _measuring(method: Method, setting: Setting, parts: Sequence[np.ndarray] | None) -> Job:
+    count = setting.machines.workers
+    alike = np.ones(count)
+    rule = ClosingRule(deadline_s="auto", quorum=count // 2, max_staleness=MAX_STALENESS, **method.rule)
+    plan = _plan(parts, alike, np.full(count, 1.0 - UNKNOWN_LATE), alike, setting.bits, method.decoder)
+    options = {"delays": setting.machines, "rule": rule, "downlink_bits": setting.downlink_bits}
+    return Job(plan, options, list(range(count)))
 
 
 def _fixed_s(machines: Machines, load: Load) -> np.ndarray:

@@ -10,10 +10,11 @@ import numpy as np
 
 from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import Decoded, RoundDecoder
-from torch_qgc.errors import ConfigError, PlanError, ProtocolError
+from torch_qgc.errors import ProtocolError
 from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.log import ResultLog
+from torch_qgc.job.replanning import replan_if_due
 from torch_qgc.job.rounds import Closing, Fate, Rounds
 from torch_qgc.job.steering import Steering
 from torch_qgc.job.stopwatch import Stopwatch
@@ -237,22 +238,13 @@ class Job:
             self._replan_if_due(now)
 
     def _replan_if_due(self, now: float) -> None:
-        """Choose the next plan where it is time to, from what the workers' steps have taken."""
-        steering, step = self._steering, self.rounds.newest
-        if steering is None or not steering.is_due(step, self.rounds.roster.awaited):
+        if self._steering is None:
             return
-        try:
-            choice = steering.choose(step, self.courses.at(step))
-            if choice is None:
-                return
-            course = self.replan(choice.plan, choice.deadline_s)
-        except (PlanError, ConfigError) as error:  # no reason to end a job that has a plan
-            logger.warning("no new plan in step %d: %s", step, error)
-        else:
-            self._trace(
-                Event(now, "replan", course.from_step, None, None, {"version": course.version, "causes": choice.causes})
-            )
-            logger.info("plan %d from step %d on: %s", course.version, course.from_step, choice)
+        made = replan_if_due(self._steering, self.rounds, self.replan)
+        if made is not None:
+            course, choice = made
+            detail = {"version": course.version, "causes": choice.causes}
+            self._trace(Event(now, "replan", course.from_step, None, None, detail))
 
     def say_who_is_waited_for(self, now: float) -> None:
         """Name the workers that a step has been open for for long, now and then: nobody waits in silence."""
@@ -312,14 +304,7 @@ class Job:
         Raises:
             ConfigError: this job cannot train with the plan.
         """
-        newest = self.courses.newest
-        # Every worker hears of it before the result of the step that is open now, without which it begins no later one.
-        course = Course(
-            version=newest.version + 1,
-            from_step=max(self.rounds.newest, newest.from_step) + 1,
-            plan=plan,
-            deadline_s=deadline_s,
-        )
+        course = self.courses.following(plan, deadline_s, open_step=self.rounds.newest)
         course.check(self.spec)
         self.courses.add(course)
         self._announce(course, EVERYBODY)

@@ -11,7 +11,10 @@ from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol.contract import ClosingRule, JobSpec
 from torch_qgc.worker.layout import Layout
 
-__all__ = ["Limits", "choose_plan", "closing_rule", "job_spec"]
+__all__ = ["UNKNOWN_LATE", "Limits", "choose_plan", "closing_rule", "job_spec"]
+
+#: The chance to miss a round of a worker of which nothing is known yet.
+UNKNOWN_LATE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ def choose_plan(
         ConfigError: a plan and straggle probabilities.
     """
     if plan is None:
-        probs = [0.05] * workers if straggle_probs is None else list(straggle_probs)
+        probs = [UNKNOWN_LATE] * workers if straggle_probs is None else list(straggle_probs)
         return make_plan(probs, bits_per_coordinate=bits_per_coordinate, decoder="annealed")
     if straggle_probs is not None:
         raise ConfigError("expected a plan or straggle_probs, got both: the plan already holds them")

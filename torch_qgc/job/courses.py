@@ -135,6 +135,17 @@ class Courses:
         self._courses = (self._courses[0], *self._courses[1:][1 - KEPT :], course)
         return True
 
+    def following(self, plan: Plan, deadline_s: float | None, *, open_step: int) -> Course:
+        """Return a course that is next, from the first step on that no worker can have begun; it is still to be added.
+
+        Args:
+            open_step: the newest.
+        """
+        newest = self.newest
+        # Every worker hears of it before the result of the step that is open now, without which it begins no later one.
+        from_step = max(open_step, newest.from_step) + 1
+        return Course(version=newest.version + 1, from_step=from_step, plan=plan, deadline_s=deadline_s)
+
     def changes_at(self, step: int) -> bool:
         """Tell whether a new course begins at a step."""
         course = self.at(step)

@@ -10,14 +10,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from torch_qgc.errors import ConfigError
-from torch_qgc.job.courses import Courses
+from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.pace import Pace
+from torch_qgc.job.replanning import replan_if_due
 from torch_qgc.job.rounds import Rounds
+from torch_qgc.job.steering import Steering
+from torch_qgc.job.stopwatch import Stopwatch
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Mask
 from torch_qgc.protocol.contract import ClosingRule
+from torch_qgc.protocol.messages import Begin, Push
 from torch_qgc.simulator.delays import DelaySource
-from torch_qgc.simulator.machines import Load, Times
+from torch_qgc.simulator.machines import Demand, Load, Times
 
 __all__ = ["Arrivals", "Contribution", "IndependentRounds", "JobRounds", "RoundOutcome"]
 
@@ -60,6 +64,10 @@ class RoundOutcome:
 class Arrivals(Protocol):
     """The virtual clock of one run. It can be pickled between two steps."""
 
+    @property
+    def courses(self) -> Courses | None:
+        """What holds from which step on, in a running job; None: the scheme holds for all steps."""
+
     def close(self, step: int) -> RoundOutcome:
         """Let time pass until the step closes. Steps are asked for in order."""
 
@@ -78,6 +86,8 @@ class IndependentRounds:
             piece have [1.0].
         load: batches and sizes.
     """
+
+    courses = None
 
     def __init__(self, delays: DelaySource, deadline_s: float | None, active: Mask, done: Floats, load: Load) -> None:
         self._delays, self._deadline_s, self._done, self._load = delays, deadline_s, done, load
@@ -113,43 +123,63 @@ class JobRounds:
     lacks or waits for the next one, as `ClosingRule` says. A link carries one message after the other, so a worker's
     BEGIN may come after a payload that is still under way, and a worker that a result has not reached yet may begin a
     step that has closed already.
-    Deaths, restarts, and chunks that arrive one by one are not simulated.
+    With `steering` the job plans anew as a running one does, from what its messages would say of time and size. Of the
+    workers' quantization it knows what is typical, not what payloads have lost, so that the clock does not depend on
+    what is computed. Deaths, restarts, and chunks that arrive one by one are not simulated.
 
     Args:
         delays: the delays of the run; a worker that begins step t takes its times of draw t.
         rule: when rounds close, and what becomes of late payloads.
         active: [K] bool, the workers that take part in the job.
-        plan: the plan, for its shares and for 1 - p_k as the prior of the measured rates.
-        load: batches and sizes.
+        plan: what the job begins with: shares, 1 - p_k as the prior of the measured rates, batches and bits.
+        demand: what a step by a plan asks of the machines.
         log_steps: steps that the job's log holds; a worker that lacks nearly as many is waited for.
+        steering: decides about new plans; None: the plan stays as it is.
+    Attributes:
+        courses: what holds from which step on.
     """
 
     def __init__(
-        self, delays: DelaySource, rule: ClosingRule, active: Mask, plan: Plan, *, load: Load, log_steps: int
+        self,
+        delays: DelaySource,
+        rule: ClosingRule,
+        active: Mask,
+        plan: Plan,
+        *,
+        demand: Demand,
+        log_steps: int,
+        steering: Steering | None = None,
     ) -> None:
-        self._delays, self._courses, self._load = delays, Courses(rule, plan), load
-        self._rounds: Rounds[None] = Rounds(self._courses, log_steps=log_steps)
+        self._delays, self.courses, self._demand = delays, Courses(rule, plan), demand
+        self._rounds: Rounds[None] = Rounds(self.courses, log_steps=log_steps)
         for worker in np.flatnonzero(~active).tolist():
             self._rounds.leave(worker, 0.0)
+        self._steering, self._stopwatch = steering, Stopwatch(1)
+        self._loads: dict[int, Load] = {}  # by the version of the course
         members: list[int] = np.flatnonzero(active).tolist()
         self._idle = set(members)  # workers that compute nothing until they get a result
         self._lacks = dict.fromkeys(members, 0)  # the first step whose result each worker lacks
         self._up_free_s, self._down_free_s = dict.fromkeys(members, 0.0), dict.fromkeys(members, 0.0)
         self._pace = {k: Pace() for k in members}
         self._events: list[tuple[float, str, int, int]] = []  # heap of (time, kind, worker, step)
+        self._spent_s: dict[
+            tuple[int, int], float
+        ] = {}  # (worker, step) of payloads that are to come: seconds of its own
         self._now = 0.0
         self._began: list[tuple[int, int]] = []  # (worker, step), while the round was open
         self._times: Times  # of the open step
 
     def close(self, step: int) -> RoundOutcome:
         """See `Arrivals`."""
-        self._began, self._times = [], self._delays.draw(step, self._load)
+        self._began, self._times = [], self._draw(step)
         for worker in sorted(self._idle):
             if self._lacks[worker] == step:
                 self._come(worker)
         while not (closed := self._rounds.close_due(self._now)):
             self._go_on(step)
         (closing,) = closed
+        if self._steering is not None:
+            replan_if_due(self._steering, self._rounds, self._replan)
         wanted = {worker for worker, begun in self._began if begun == step} | self._send_result(step)
         return RoundOutcome(
             began=sorted(worker for worker, _ in self._began),
@@ -169,9 +199,9 @@ class JobRounds:
             return
         self._now, kind, worker, event_step = heapq.heappop(self._events)
         if kind == _ARRIVAL:
-            self._rounds.arrive(worker, event_step, 0, None, self._now)
+            self._arrive(worker, event_step)
         elif kind == _BEGIN:
-            self._rounds.begin(worker, event_step, self._now)
+            self._announce(worker, event_step)
         elif kind == _DONE:
             self._idle.add(worker)
             if self._lacks[worker] > event_step:  # the result is here already: late
@@ -187,7 +217,7 @@ class JobRounds:
         """Let an idle worker begin the first step whose result it lacks, or wait for that result."""
         step = self._lacks[worker]
         began_at_s = self._rounds.began_at_s.get(step)
-        patience_s = self._courses.wait_before_joining_s(
+        patience_s = self.courses.wait_before_joining_s(
             step,
             None if began_at_s is None else self._now - began_at_s,
             self._pace[worker].usual_s,
@@ -201,7 +231,7 @@ class JobRounds:
         step = self._lacks[worker]
         self._idle.discard(worker)
         self._began.append((worker, step))
-        times = self._times if step == self._rounds.newest else self._delays.draw(step, self._load)
+        times = self._times if step == self._rounds.newest else self._draw(step)
         free_s = self._up_free_s[worker]
         done_s = self._now + float(times.own_s[worker])
         arrival_s = self._up_free_s[worker] = max(done_s, free_s) + float(times.up_s[worker])
@@ -209,10 +239,42 @@ class JobRounds:
         if free_s > self._now:
             heapq.heappush(self._events, (free_s, _BEGIN, worker, step))
         else:
-            self._rounds.begin(worker, step, self._now)
+            self._announce(worker, step)
         if math.isfinite(arrival_s):
+            self._spent_s[worker, step] = done_s - self._now
             heapq.heappush(self._events, (done_s, _DONE, worker, step))
             heapq.heappush(self._events, (arrival_s, _ARRIVAL, worker, step))
+
+    def _announce(self, worker: int, step: int) -> None:
+        """Let a worker's BEGIN come."""
+        self._rounds.begin(worker, step, self._now)
+        mean = self._demand.batch_size or 0
+        samples = round(float(self._load(step).batches[worker]) * mean)
+        self._stopwatch.begin(worker, Begin(step, samples=samples, batch_size=mean), self._now)
+
+    def _arrive(self, worker: int, step: int) -> None:
+        """Let a worker's payload come."""
+        self._rounds.arrive(worker, step, 0, None, self._now)
+        bits = int(self.courses.at(step).plan.bits[worker])
+        push = Push(step, 0, bits, variance=0.0, squared_norm=0.0, spent_s=self._spent_s.pop((worker, step)))
+        timed = self._stopwatch.push(worker, push, self._now)
+        if self._steering is not None and timed is not None:
+            self._steering.note(worker, timed, self._demand.payload_bytes(bits))
+
+    def _replan(self, plan: Plan, deadline_s: float | None) -> Course:
+        plan.check_trainable()
+        course = self.courses.following(plan, deadline_s, open_step=self._rounds.newest)
+        self.courses.add(course)
+        return course
+
+    def _draw(self, step: int) -> Times:
+        return self._delays.draw(step, self._load(step))
+
+    def _load(self, step: int) -> Load:
+        course = self.courses.at(step)
+        if course.version not in self._loads:
+            self._loads[course.version] = self._demand.load(course.plan)
+        return self._loads[course.version]
 
     def _send_result(self, step: int) -> set[int]:
         """Send a result to all workers; return those that it has not reached at once."""

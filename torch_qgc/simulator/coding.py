@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from torch_qgc.errors import PlanError
-from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode, payload_bytes
+from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, Ints, Mask
 from torch_qgc.planner.variance import PASS_THROUGH_BITS
@@ -103,10 +103,19 @@ class SchemeCodec:
         numel: P, coordinates of the gradient.
         seed: the seed of the dither.
         downlink_bits: bits per coordinate of results; 32 leaves them as they are.
+        plan_at: step -> the plan that holds for it, in a job that plans anew; its shares and weights are those of the
+            scheme. None: the scheme holds for all steps.
     """
 
-    def __init__(self, scheme: Scheme, numel: int, seed: int, downlink_bits: int = 32) -> None:
-        self.scheme, self._seed, self._downlink_bits = scheme, seed, downlink_bits
+    def __init__(
+        self,
+        scheme: Scheme,
+        numel: int,
+        seed: int,
+        downlink_bits: int = 32,
+        plan_at: Callable[[int], Plan] | None = None,
+    ) -> None:
+        self.scheme, self._seed, self._downlink_bits, self._plan_at = scheme, seed, downlink_bits, plan_at
         self.slices = _slices(scheme, numel)
         last = self.slices[-1]
         self.mixed_numel = last.offset + last.width
@@ -124,16 +133,6 @@ class SchemeCodec:
     def remembers(self) -> bool:
         """A worker's payload depends on its earlier ones, also on those that were late (error feedback)."""
         return self._feedback is not None
-
-    def payload_bits(self, worker: int) -> int:
-        """Return the size in bits of one payload of a worker."""
-        return 8 * sum(payload_bytes(s.width, int(self.bits[worker])) for s in self.slices)
-
-    def sizes(self) -> tuple[Floats, float]:
-        """Return the size of each worker's payload [K], and that of a result, in units of the fp32 gradient."""
-        plain = 4 * self.slices[-1].stop
-        up = np.array([self.payload_bits(worker) / 8 / plain for worker in range(len(self.bits))])
-        return up, sum(payload_bytes(s.stop - s.start, self._downlink_bits) for s in self.slices) / plain
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes from step to step."""
@@ -194,16 +193,21 @@ class SchemeCodec:
         return payload
 
     def _quantize(self, worker: int, step: int, values: torch.Tensor) -> Payload:
-        bits = int(self.bits[worker])
         return [
             encode(
                 values[s.offset : s.offset + s.width],
-                bits,
+                int(s.plan.bits[worker]),
                 key=derive_key(self._seed, step, worker, stream),
                 norm=s.plan.norm,
             )
-            for stream, s in enumerate(self.slices)
+            for stream, s in enumerate(self._slices(step))
         ]
+
+    def _slices(self, step: int) -> list[_Slice]:
+        """Return the slices as they are coded in a step."""
+        if self._plan_at is None:
+            return self.slices
+        return [replace(s, code=self._plan_at(step)) for s in self.slices]
 
     # --- what the aggregator computes -----------------------------------------------------------------------
 
@@ -221,7 +225,8 @@ class SchemeCodec:
 
             ghat = sum over contributions i of c_k(i) Q(h_k(i)),   with the coefficients of the scheme for this round
 
-        as it comes out of the downlink.
+        as it comes out of the downlink. A payload keeps the share of the step that it was made for, as in
+        `RoundDecoder`.
 
         Args:
             contributions: the contributions to the round, in decode order.
@@ -231,27 +236,30 @@ class SchemeCodec:
             step: which round, for the dither of its result.
             temperature: the learning rate of the step over the highest one so far, in (0, 1].
         """
-        for j, s in enumerate(self.slices):
+        for j, s in enumerate(self._slices(step)):
             present = [c for c in contributions if c.slices > j]
-            counts = np.bincount([c.worker for c in present], minlength=len(self.bits))
-            sent = [(c.worker, payloads[c[:2]][j]) for c in present if c[:2] in payloads]
+            sent = [(c, payloads[c[:2]][j]) for c in present if c[:2] in payloads]
+            coded = {made_for: self._slices(made_for)[j] for made_for in {c.made_for for c, _ in sent}}
+            received = np.bincount([c.worker for c in present], minlength=len(self.bits)), rates, temperature
             first, *second = (track[s.start : s.stop] for track in tracks)
-            self._decode_slice(s, sent, s.coefficients(counts, rates, temperature), first)
+            weights = {made_for: then.coefficients(*received) for made_for, then in coded.items()}
+            self._decode_slice(s, sent, weights, first)
             self._send_down(first, step, stream=2 * j)
             for out in second:
                 if s.scaled:
-                    torch.mul(first, s.second_scale(counts, rates, temperature), out=out)
+                    torch.mul(first, s.second_scale(*received), out=out)
                 else:
-                    self._decode_slice(s, sent, s.second_coefficients(counts, rates, temperature), out)
+                    weights = {made_for: then.second_coefficients(*received) for made_for, then in coded.items()}
+                    self._decode_slice(s, sent, weights, out)
                     self._send_down(out, step, stream=2 * j + 1)
 
     def _decode_slice(
-        self, s: _Slice, sent: list[tuple[int, Encoded]], coefficients: Floats, out: torch.Tensor
+        self, s: _Slice, sent: list[tuple[Contribution, Encoded]], weights: Mapping[int, Floats], out: torch.Tensor
     ) -> None:
-        """Decode the payloads of a slice, as (worker, payload), with [parts, K] coefficients into `out`."""
+        """Decode the payloads of a slice into `out`, with [parts, K] coefficients for each step they were made for."""
         payloads = [payload for _, payload in sent]
-        for row, part in zip(coefficients, torch.split(out, s.width)):
-            factors = [float(row[worker]) * self._gain(worker) for worker, _ in sent]
+        for row, part in enumerate(torch.split(out, s.width)):
+            factors = [float(weights[c.made_for][row, c.worker]) * self._gain(c.worker) for c, _ in sent]
             # The last part may be shorter than its payloads, which are padded with zeros.
             whole = part if len(part) == s.width else torch.empty(s.width, device=out.device)
             decode_sum(payloads, factors, whole, accumulate=False)

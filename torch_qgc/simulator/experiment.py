@@ -53,6 +53,9 @@ class Experiment:
         deadline_s: rounds are independent, and a worker is in if its delay is at most this (Song & Choi); None waits
             for all workers.
         rule: rounds are those of a running job (`JobRounds`), closed by this rule. Only plans can run like this.
+        replan_every: steps between two looks at why workers are slow, as in `QGCState`: batches (those per worker, of
+            `Machines`), bits and, with deadline_s="auto", the deadline are chosen anew; 0: never; None: 50 with "auto",
+            else 0.
         downlink_bits: 32 sends results as fp32; 2..16 encodes them as well. IDEAL does not.
     Training:
         steps: how many steps are made.
@@ -85,6 +88,7 @@ class Experiment:
     steps: int
     deadline_s: float | None = None
     rule: ClosingRule | None = None
+    replan_every: int | None = None
     downlink_bits: int = PASS_THROUGH_BITS
     lr: float | Callable[[int], float] | None = None
     optimizer: OptimizerLike = "sgd"
@@ -126,6 +130,8 @@ class Experiment:
                 f"dataset: expected a map-style data set, got {type(self.dataset).__name__}: list it first"
             )
         least = {"steps": 1, "runs": 1, "seed": 0, "evaluate_every": 0, "exact_every": 0}
+        if self.replan_every is not None:
+            least["replan_every"] = 0
         for name in ("batch_size", "micro_batch"):
             if getattr(self, name) is not None:
                 least[name] = 1
@@ -136,6 +142,8 @@ class Experiment:
             raise ConfigError(f"deadline_s: expected seconds > 0, or None to wait for all, got {self.deadline_s}")
         if self.deadline_s is not None and self.rule is not None:
             raise ConfigError("expected deadline_s or rule, got both: the rule has a deadline of its own")
+        if self.replan_every and self.rule is None:
+            raise ConfigError("replan_every: expected a rule beside it, got none: only running jobs plan anew")
         if self.lr is None and not callable(self.optimizer):
             raise ConfigError(f"lr: expected a learning rate for optimizer {self.optimizer!r}, got None")
         if self.sampling not in ("worker", "partition"):
@@ -159,6 +167,13 @@ class Experiment:
             weights=segment_weights(shares, count, partition_sizes=sizes),
             partition_sizes=sizes,
         )
+
+    @property
+    def replans(self) -> int:
+        """Steps between two plans of a job; 0: the plan stays as it is."""
+        if self.replan_every is not None:
+            return self.replan_every
+        return 50 * (self.rule is not None and self.rule.deadline_s == "auto")
 
     @property
     def optimizer_lr(self) -> tuple[float, Callable[[int], float] | None]:
@@ -190,7 +205,17 @@ class Experiment:
         plans = ["ideal"] if isinstance(scheme, str) else [plan.to_json() for plan in plans_of(scheme)]
         extra: list[Any] = [scheme.contraction, scheme.acknowledged] if isinstance(scheme, ErrorFeedback) else []
         extra += [scheme.fractions] if isinstance(scheme, BlockPlan) else []
-        named = ("steps", "deadline_s", "rule", "momentum", "max_grad_norm", "batch_size", "sampling", "micro_batch")
+        named = (
+            "steps",
+            "deadline_s",
+            "rule",
+            "replans",
+            "momentum",
+            "max_grad_norm",
+            "batch_size",
+            "sampling",
+            "micro_batch",
+        )
         values = [repr(getattr(self, name)) for name in (*named, "evaluate_every", "exact_every")]
         functions = [getattr(f, "__qualname__", repr(f)) for f in (self.lr, self.optimizer, self.loss, self.evaluate)]
         values += [repr(self.downlink_bits)]

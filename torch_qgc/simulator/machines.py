@@ -10,9 +10,12 @@ import msgspec
 import numpy as np
 
 from torch_qgc.errors import ConfigError, PlanError
+from torch_qgc.kernels import payload_bytes
+from torch_qgc.planner import Plan
+from torch_qgc.planner.batches import apportion
 from torch_qgc.planner.checks import Floats, per_worker
 
-__all__ = ["Change", "Load", "Machines", "PerWorker", "Times"]
+__all__ = ["Change", "Demand", "Load", "Machines", "PerWorker", "Times"]
 
 #: One number for all workers, or one per worker.
 PerWorker = float | tuple[float, ...]
@@ -37,6 +40,35 @@ class Load(NamedTuple):
     def plain(cls, workers: int) -> Load:
         """Return mean batches, and fp32 both ways."""
         return cls(np.ones(workers), np.ones(workers), 1.0)
+
+
+class Demand(NamedTuple):
+    """From a plan to what a step by it asks of the machines.
+
+    Attributes:
+        up: coordinates of each vector that a worker sends in a step.
+        down: coordinates of each vector of a result; together they are the gradient.
+        downlink_bits: of these.
+        batch_size: samples of a mean batch; None: batches do not follow the plan, and are all alike.
+    """
+
+    up: tuple[int, ...]
+    down: tuple[int, ...]
+    downlink_bits: int
+    batch_size: int | None = None
+
+    def payload_bytes(self, bits: int) -> int:
+        """Return the size of what a worker sends in a step."""
+        return sum(payload_bytes(numel, bits) for numel in self.up)
+
+    def load(self, plan: Plan) -> Load:
+        """Return what a step asks of the machines."""
+        plain = 4 * sum(self.down)
+        batches = np.ones(plan.num_workers)
+        if self.batch_size is not None:
+            batches = apportion(plan.batches, self.batch_size) / self.batch_size
+        up = np.array([self.payload_bytes(bits) / plain for bits in plan.bits.tolist()])
+        return Load(batches, up, sum(payload_bytes(numel, self.downlink_bits) for numel in self.down) / plain)
 
 
 class Times(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch_qgc.ddp.sampler import checked_partitions
 from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError, PlanError
-from torch_qgc.planner.batches import apportion
+from torch_qgc.job.steering import Steering
+from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats
 from torch_qgc.schemes import BlockPlan, PartPlan
 from torch_qgc.simulator.arrivals import Arrivals, IndependentRounds, JobRounds, RoundOutcome
@@ -22,7 +24,7 @@ from torch_qgc.simulator.delays import DelaySource
 from torch_qgc.simulator.descent import Descent, make_optimizer
 from torch_qgc.simulator.experiment import Experiment, SchemeLike
 from torch_qgc.simulator.gradients import Gradients
-from torch_qgc.simulator.machines import Load
+from torch_qgc.simulator.machines import Demand, Machines
 from torch_qgc.simulator.trace import Trace
 from torch_qgc.simulator.work import Computed, PartitionWork, Work, WorkerWork
 
@@ -60,9 +62,12 @@ class Trajectory:
             micro_batch=experiment.micro_batch,
             seed=seed,
         )
-        self._codec = SchemeCodec(made, gradients.layout.numel, seed, 32 if ideal else experiment.downlink_bits)
-        self._work = _work(experiment, self._codec, gradients, seed)
-        self.arrivals = _arrivals(experiment, self._codec, seed, ideal=ideal)
+        downlink_bits = 32 if ideal else experiment.downlink_bits
+        plan_at = self._plan if experiment.rule is not None and not ideal else None
+        self._codec = SchemeCodec(made, gradients.layout.numel, seed, downlink_bits, plan_at)
+        self._demand = _demand(experiment, self._codec, downlink_bits)
+        self.arrivals = _arrivals(experiment, self._codec, self._demand, seed, ideal=ideal)
+        self._work = _work(experiment, self._codec, gradients, seed, plan_at)
         lr, schedule = experiment.optimizer_lr
         optimizer = make_optimizer(
             experiment.optimizer, gradients.layout.parameters, lr=lr, momentum=experiment.momentum
@@ -91,6 +96,11 @@ class Trajectory:
     def now_s(self) -> float:
         """Seconds on the virtual clock."""
         return float(self._records["virtual_time_s"][self.step - 1]) if self.step else 0.0
+
+    def _plan(self, step: int) -> Plan:
+        """Return the plan that holds for a step; of its first slice if a scheme has several."""
+        courses = self.arrivals.courses
+        return self._codec.slices[0].plan if courses is None else courses.at(step).plan
 
     def advance(self) -> None:
         """Make one step: close its round, compute the payloads that are needed, decode, update."""
@@ -143,7 +153,8 @@ class Trajectory:
         records, step = self._records, self.step
         records["loss"][step] = computed.loss
         records["virtual_time_s"][step] = outcome.closed_at_s
-        records["bits_sent"][step] = sum(self._codec.payload_bits(k) for k in outcome.began)
+        bits = self._plan(step).bits
+        records["bits_sent"][step] = 8 * sum(self._demand.payload_bytes(int(bits[k])) for k in outcome.began)
         for contribution in outcome.contributions:
             records["contributions"][step, contribution.worker] += 1
         if computed.gradient is not None:
@@ -198,7 +209,13 @@ class Trajectory:
         self._records, self._evaluations = state["records"], state["evaluations"]
 
 
-def _work(experiment: Experiment, codec: SchemeCodec, gradients: Gradients, seed: int) -> Work:
+def _work(
+    experiment: Experiment,
+    codec: SchemeCodec,
+    gradients: Gradients,
+    seed: int,
+    plan_at: Callable[[int], Plan] | None,
+) -> Work:
     plan = codec.slices[0].plan
     blocks = checked_partitions(plan, len(experiment.dataset), experiment.partitions, seed)
     size = experiment.batch_size
@@ -209,32 +226,46 @@ def _work(experiment: Experiment, codec: SchemeCodec, gradients: Gradients, seed
             f"batch_size: expected None or sampling='partition' with a {type(codec.scheme).__name__}, whose workers do "
             "not send whole gradients"
         )
+    exact_every = experiment.exact_every
     try:
-        return WorkerWork(gradients, plan, blocks, batch_size=size, seed=seed, exact_every=experiment.exact_every)
+        return WorkerWork(gradients, plan, blocks, batch_size=size, seed=seed, exact_every=exact_every, plan_at=plan_at)
     except PlanError as error:
         raise PlanError(f"{error}; or simulate it with sampling='partition'") from error
 
 
-def _arrivals(experiment: Experiment, codec: SchemeCodec, seed: int, *, ideal: bool) -> Arrivals:
+def _demand(experiment: Experiment, codec: SchemeCodec, downlink_bits: int) -> Demand:
+    """Return what steps ask of the machines. Times that are given as they are do not follow batches."""
+    follows = experiment.sampling == "worker" and isinstance(experiment.delays, Machines)
+    return Demand(
+        up=tuple(s.width for s in codec.slices),
+        down=tuple(s.stop - s.start for s in codec.slices),
+        downlink_bits=downlink_bits,
+        batch_size=experiment.batch_size if follows else None,
+    )
+
+
+def _arrivals(experiment: Experiment, codec: SchemeCodec, demand: Demand, seed: int, *, ideal: bool) -> Arrivals:
     delays = DelaySource(experiment.delays, experiment.workers, seed)
-    plan = codec.slices[0].plan
-    load = _load(experiment, codec, ideal=ideal)
-    if experiment.rule is None or ideal:
+    plan, rule, limits = codec.slices[0].plan, experiment.rule, Limits()
+    if rule is None or ideal:
+        load = demand.load(plan)
+        if ideal:  # a ring all-reduce, in which nobody sends or receives more than this
+            ring = (experiment.workers - 1) / experiment.workers
+            load = load._replace(up=np.full(experiment.workers, ring), down=ring)
         deadline_s = None if ideal else experiment.deadline_s
         return IndependentRounds(delays, deadline_s, codec.active, _slice_ends(codec), load)
-    return JobRounds(delays, experiment.rule, codec.active, plan, load=load, log_steps=Limits().log_steps)
-
-
-def _load(experiment: Experiment, codec: SchemeCodec, *, ideal: bool) -> Load:
-    """Return what a step of this scheme asks of the machines."""
-    batches = np.ones(experiment.workers)
-    if experiment.batch_size is not None and experiment.sampling == "worker":
-        batches = apportion(codec.slices[0].plan.batches, experiment.batch_size) / experiment.batch_size
-    up, down = codec.sizes()
-    if ideal:  # a ring all-reduce, in which nobody sends or receives more than this
-        down = (experiment.workers - 1) / experiment.workers
-        up = np.full(experiment.workers, down)
-    return Load(batches, up, down)
+    steering = None
+    if experiment.replans:
+        plan.check_trainable()
+        steering = Steering(
+            experiment.workers,
+            sum(demand.down),
+            every=experiment.replans,
+            auto_deadline=rule.deadline_s == "auto",
+            norm=plan.norm,
+            most_batch=limits.most_batch,
+        )
+    return JobRounds(delays, rule, codec.active, plan, demand=demand, log_steps=limits.log_steps, steering=steering)
 
 
 def _slice_ends(codec: SchemeCodec) -> Floats:

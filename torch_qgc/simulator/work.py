@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_qgc.ddp.sampler import CodedSampler
+from torch_qgc.ddp.sampler import CodedSampler, Stream
 from torch_qgc.planner import Plan
 from torch_qgc.planner.batches import apportion
 from torch_qgc.planner.checks import Floats
@@ -110,11 +110,15 @@ class PartitionWork:
 class WorkerWork:
     """Let every worker draw batches from its share with `CodedSampler`, and compute the wanted workers only.
 
+    The batches of an epoch are cut from one stream per worker, one for each step, whether the worker makes it or not.
+
     Memory: 4 bytes per coordinate, and as much again in steps in which the true gradient is computed as well.
 
     Args:
         gradients: computes gradients of the model.
         plan: the plan from whose shares workers draw.
+        plan_at: step -> the plan that holds for it, in a job that plans anew, which differs in batches only; None:
+            `plan` in all steps.
         blocks: N lists of sample indices.
         batch_size: samples per worker and step, which the plan's batches are multiples of.
         seed: the seed of the draws.
@@ -133,9 +137,12 @@ class WorkerWork:
         batch_size: int,
         seed: int = 0,
         exact_every: int = 0,
+        plan_at: Callable[[int], Plan] | None = None,
     ) -> None:
         self._gradients, self._plan, self._blocks = gradients, plan, blocks
-        self._sizes, self._exact_every = apportion(plan.batches, batch_size).tolist(), exact_every
+        self._batch_size, self._exact_every = batch_size, exact_every
+        self._plan_at = plan_at if plan_at is not None else lambda step: plan
+        self._sizes: dict[Plan, list[int]] = {}  # each worker's batch
         samples = sum(len(block) for block in blocks)
         self._epoch_steps = math.ceil(samples / (plan.num_workers * batch_size))  # as make_loader counts
         self._samplers = [
@@ -149,7 +156,7 @@ class WorkerWork:
             )
             for worker in range(plan.num_workers)
         ]
-        self._draws: dict[int, tuple[int, NDArray[np.int64]]] = {}  # worker -> epoch, samples
+        self._streams: dict[int, tuple[int, int, Stream]] = {}  # worker -> epoch, the step whose batch is next, stream
 
     def compute(self, step: int, wanted: AbstractSet[int], send: Send) -> Computed:
         """See `Work`. The loss is that of all data where it is computed, else the mean of the workers' by share."""
@@ -164,12 +171,19 @@ class WorkerWork:
 
     def _indices(self, step: int, worker: int) -> list[int]:
         epoch, batch = divmod(step, self._epoch_steps)
-        if worker not in self._draws or self._draws[worker][0] != epoch:
+        if worker not in self._streams or self._streams[worker][0] != epoch:
             self._samplers[worker].set_epoch(epoch)
-            samples = self._epoch_steps * self._sizes[worker]
-            self._draws[worker] = epoch, self._samplers[worker].stream().take(samples)
-        size = self._sizes[worker]
-        return list(self._draws[worker][1][batch * size : (batch + 1) * size].tolist())
+            self._streams[worker] = epoch, step - batch, self._samplers[worker].stream()
+        _, following, stream = self._streams[worker]
+        stream.take(sum(self._size(skipped, worker) for skipped in range(following, step)))
+        self._streams[worker] = epoch, step + 1, stream
+        return list(stream.take(self._size(step, worker)).tolist())
+
+    def _size(self, step: int, worker: int) -> int:
+        plan = self._plan_at(step)
+        if plan not in self._sizes:
+            self._sizes[plan] = apportion(plan.batches, self._batch_size).tolist()
+        return self._sizes[plan][worker]
 
     def _exact(self, step: int) -> Computed:
         whole = torch.zeros_like(self._gradients.scratch)
