@@ -12,7 +12,7 @@ from torch_qgc.job.measure import Estimate, Measurements
 from torch_qgc.job.stopwatch import Timed
 from torch_qgc.kernels import payload_bytes
 from torch_qgc.planner import Plan
-from torch_qgc.planner.batches import apportion, choose_batches
+from torch_qgc.planner.batches import Batches, apportion, choose_batches
 from torch_qgc.planner.bits import allocate_bits
 from torch_qgc.planner.cadence import JobRounds
 from torch_qgc.planner.checks import Floats, Ints
@@ -133,7 +133,7 @@ class Steering:
         alive = sorted(self._alive)
         estimates = {k: self.measurements.estimate(k) for k in alive}
         plan = course.plan
-        batches = self._batches(estimates, plan)
+        batches = self._batches(estimates, course)
         plan = self._with_noise(dataclasses.replace(plan, batches=batches), plan.bits)
         rounds = JobRounds(Empirical(delays_s=self._delays_s(estimates, plan), caution=0.0))
         deadline_s, late, speedup = course.deadline_s, np.zeros(len(alive)), 1.0
@@ -157,22 +157,38 @@ class Steering:
 
     # --- levers -------------------------------------------------------------------------------------------------
 
-    def _batches(self, estimates: dict[int, Estimate], plan: Plan) -> Floats:
+    def _batches(self, estimates: dict[int, Estimate], course: Course) -> Floats:
         """Return batches that let everybody make the step, or those of the plan if they are about as good."""
-        alive = list(estimates)
+        plan, alive = course.plan, list(estimates)
         size = int(self._batch_size[alive].min())
         if not size or len(alive) < 2:
             return plan.batches
         nbytes = [self._bytes(plan.bits[k]) for k in alive]
-        per_batch = [max(e.per_batch_s.value, 1e-9) for e in estimates.values()]
-        # What the link takes is no time for computing.
-        fixed = [
-            max(e.fixed_s.value + e.latency_s.value + e.per_byte_s.value * n, 0.0)
-            for e, n in zip(estimates.values(), nbytes)
-        ]
+        now = plan.batches[alive]
+        per_batch, most, own_s, link_s = np.array(
+            [
+                (
+                    e.per_batch_s.value,
+                    e.per_batch_s.high,
+                    e.fixed_s.value + e.per_batch_s.value * batch,
+                    e.latency_s.value + e.per_byte_s.value * n,
+                )
+                for e, batch, n in zip(estimates.values(), now, nbytes)
+            ]
+        ).T
+
+        def chosen(per_batch: Floats) -> Batches:
+            per_batch = np.maximum(per_batch, 1e-9)
+            # What the link takes is no time for computing.
+            return choose_batches(per_batch, np.maximum(own_s - per_batch * now + link_s, 0.0), most=self._most_batch)
+
+        # All others wait for whoever is thought to be quick with any batch, and sizes that hardly differ cannot tell.
+        # So as much of a worker's time counts as the batch's as may be, unless it is late and can make no step.
+        late = np.zeros_like(now, dtype=np.bool_) if course.deadline_s is None else own_s + link_s > course.deadline_s
+        per_batch = np.where(late & chosen(per_batch).asynchronous, per_batch, np.minimum(most, own_s / now))
         batches = np.array(plan.batches)
-        chosen = choose_batches(per_batch, fixed, most=self._most_batch).batches
-        batches[alive] = apportion(chosen, size, min(size, LEAST_SAMPLES)) / size  # samples come in whole ones
+        # Samples come in whole ones.
+        batches[alive] = apportion(chosen(per_batch).batches, size, min(size, LEAST_SAMPLES)) / size
         return batches if _far(batches, plan.batches) else plan.batches
 
     def _bits(
