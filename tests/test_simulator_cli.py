@@ -17,6 +17,8 @@ from test_cli import qgc, refused
 
 from torch_qgc import schemes
 from torch_qgc.cli.experiment import read_experiment
+from torch_qgc.ddp.settings import UNKNOWN_LATE
+from torch_qgc.planner import Plan
 from torch_qgc.schemes import ErrorFeedback
 from torch_qgc.simulator import IDEAL, Change, Machines, Task, load_traces
 from torch_qgc.simulator.coding import plans_of
@@ -92,6 +94,21 @@ def test_a_file_says_the_same_in_json(tmp_path: Path) -> None:
     late = np.exp([-1.5, -3.0])  # mu (deadline - shift)
     assert experiment.schemes == {"a": schemes.qgc(late, bits_per_coordinate=5), "b": IDEAL}
     assert sum(p.numel() for p in experiment.model.parameters()) == 5
+
+
+def test_a_job_that_measures_its_machines_comes_from_a_table(tmp_path: Path) -> None:
+    """It is told nothing of them: all alike, as in `QGCState`."""
+    machines = "machines = {workers = 3, batch_s = [1.0, 1.0, 4.0]}"
+    changed = CONFIG.replace("straggle_probs = [0.05, 0.1, 0.3]", machines).split('[schemes."with memory"]')[0]
+    changed = changed.replace("deadline_s = 2.0", 'rule = {deadline_s = "auto"}\nbatch_size = 8\nreplan_every = 15')
+    config = written(tmp_path, changed)
+    experiment = read_experiment(Path(config))
+    assert (experiment.rule.deadline_s, experiment.replans) == ("auto", 15)
+    plan = experiment.schemes["qgc"]
+    assert isinstance(plan, Plan)
+    np.testing.assert_array_equal(plan.straggle_probs, np.full(3, UNKNOWN_LATE))
+    rows = json.loads(qgc("simulate", "--config", config, "--steps", "60", "--runs", "1", "--json").stdout)
+    assert rows["qgc"]["time, s"] < 0.6 * rows["ideal"]["time, s"]  # batches by speed
 
 
 def test_the_manual_shows_the_example() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from torch_qgc import schemes
 from torch_qgc.cli.delays import read_delays
+from torch_qgc.ddp.settings import UNKNOWN_LATE
 from torch_qgc.errors import ConfigError, PlanError
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Floats, per_worker
@@ -75,6 +76,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     task_options: dict[str, Any] = {}
     deadline_s: float | None = None
     rule: ClosingRule | None = None
+    replan_every: int | None = None
     downlink_bits: int = 32
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
@@ -106,9 +108,7 @@ def read_experiment(path: Path, *, steps: int | None = None, runs: int | None = 
     if runs is not None:
         config = msgspec.structs.replace(config, runs=runs)
     deadline_s = config.deadline_s if config.rule is None else config.rule.deadline_s
-    if deadline_s == "auto":
-        raise ConfigError("deadline_s: expected seconds, got 'auto', which is measured in a running job")
-    delays = _delays(config.delays, deadline_s, path.parent)
+    delays = _delays(config.delays, None if deadline_s == "auto" else deadline_s, path.parent)
     made = {
         name: _scheme(name, dict(options), _late(delays, deadline_s, options))
         for name, options in config.schemes.items()
@@ -142,8 +142,10 @@ def _read(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}; docs/simulator.md shows an example") from error
 
 
-def _late(delays: DelayModel | Machines, deadline_s: float | None, options: dict[str, Any]) -> Floats:
+def _late(delays: DelayModel | Machines, deadline_s: float | Literal["auto"] | None, options: dict[str, Any]) -> Floats:
     """Return each worker's chance to be late, which a scheme is designed for."""
+    if deadline_s == "auto":  # as a job that has yet to measure its workers
+        return np.full(workers_of(delays), UNKNOWN_LATE)
     if deadline_s is None:
         return np.zeros(workers_of(delays))
     if isinstance(delays, Machines):
