@@ -252,7 +252,7 @@ def assert_bounded(aggregator: Aggregator) -> None:
     assert len(job.log._frames) <= job.log.capacity
     assert len(job.rounds.began_at_s) <= 1
     assert len(job._agreement._stated) <= 64
-    assert len(job._agreement._marks) <= 64
+    assert len(job._agreement._loops) <= 64
     assert len(job.courses.changes) == 0  # what is told of plans changes none: aggregator 0 makes them
     assert len(job._temperatures) <= 2
     assert len(job._stopwatch._running) <= job.spec.workers

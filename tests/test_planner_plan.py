@@ -103,7 +103,7 @@ def test_32_bits_per_coordinate_means_no_quantization() -> None:
 
 
 def test_a_job_without_a_plan_has_that_of_make_plan() -> None:
-    assert choose_plan(None, 4, None, 4) == make_plan([0.05] * 4)
+    assert choose_plan(None, 4, None, 4) == make_plan([0.05] * 4, decoder="annealed")
     assert make_plan([0.1, 0.3]) == make_plan([0.1, 0.3], noise_ratio=1.0, second_track="hajek")
     for decoder in ("uncorrected", "unbiased"):
         make_plan([0.1, 0.3], decoder=decoder).check_trainable()

@@ -496,7 +496,7 @@ def test_the_flag_is_enough_and_counts_are_logged_and_shown(tmp_path: Path) -> N
     assert float(rows[-1]["qgc/bits/worker1"]) == 4
     assert 0 < float(rows[-1]["qgc/step_s/worker1"]) < 5
     assert float(rows[0]["qgc/replayed_steps"]) == 0
-    assert "qgc/deadline_s" not in rows[0]  # these steps waited for all
+    assert not rows[0].get("qgc/deadline_s")  # these steps waited for all
 
 
 class Stream(IterableDataset):

@@ -316,17 +316,24 @@ class QGCState:
         A rank that has computed few steps has statistics that still remember what they began with, so it weighs as its
         steps do, up to those that such an average remembers; beyond, all ranks weigh alike, whose data differ.
         """
-        weight = torch.tensor(float(min(self.replica.counts.computed_steps, _REMEMBERED_STEPS)))
-        weight = weight.to(next(self._model.module.parameters()).device)
-        total = weight.clone()
-        dist.all_reduce(total, group=self._group)
-        share = weight / total if total > 0 else 1.0 / self.workers
+        if not any(buffer.is_floating_point() for buffer in self._model.module.buffers()):
+            share: float | torch.Tensor = 1.0  # nothing to weigh, and no collective where there has been none
+        else:
+            share = self._weight_of_buffers()
         for buffer in self._model.module.buffers():
             if buffer.is_floating_point():
                 buffer.mul_(share)
                 dist.all_reduce(buffer, group=self._group)
             else:
                 dist.broadcast(buffer, dist.get_global_rank(self._group, 0), group=self._group)
+
+    def _weight_of_buffers(self) -> torch.Tensor | float:
+        """Return by how much this rank's buffers count in the average. Collective."""
+        weight = torch.tensor(float(min(self.replica.counts.computed_steps, _REMEMBERED_STEPS)))
+        weight = weight.to(next(self._model.module.parameters()).device)
+        total = weight.clone()
+        dist.all_reduce(total, group=self._group)
+        return weight / total if total > 0 else 1.0 / self.workers
 
     def report(self) -> Report:
         """Return what this worker has done and seen so far."""
