@@ -200,10 +200,12 @@ def test_workers_of_unequal_batches_go_on_with_the_very_next_one_from_the_same_p
 
 @pytest.mark.parametrize(("before", "after"), [(5, 3), (1, 3)])
 def test_other_batch_sizes_after_a_restart_draw_some_samples_again_or_leave_some_out(before: int, after: int) -> None:
-    """As many as the batches before the restart had more, or less, than as many batches of now."""
+    """As many as the batches before the restart had more, or less, than as many batches of now: data that stay."""
+    held = [range(24), range(24, 48)]
 
     def of(size: int) -> CodedLoader:
-        return loader_of(FakeReplica(make_plan([0.1] * 2), sizes=dict.fromkeys(range(100), size)))
+        replica = FakeReplica(make_plan([0.1] * 2), sizes=dict.fromkeys(range(100), size))
+        return loader_of(replica, partitions=held)
 
     first, second = of(before), of(after)
     seen = indices(take(first, 2))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from torch_qgc.ddp.sampler import CodedSampler, Stream, random_partitions
+from torch_qgc.ddp.sampler import CodedSampler, Cut, Stream, random_partitions
 
 Share = tuple[NDArray[np.float64], list[NDArray[np.int64]], "list[float] | None"]
 
@@ -43,7 +43,7 @@ def test_batches_of_any_sizes_are_cut_one_after_the_other_from_the_same_stream(
     probs, blocks, weights = share
     left = iter([sizes[0], *sizes])  # the first is asked for to skip no batch
     options = {"batch_size": 3, "batches": len(sizes), "seed": seed, "weights": weights}
-    sampler = CodedSampler(probs, blocks, size=lambda: next(left), **options)  # type: ignore[arg-type]
+    sampler = CodedSampler(probs, blocks, cut=lambda: Cut(0, next(left), 0), **options)  # type: ignore[arg-type]
     batches = list(sampler)
     assert [len(batch) for batch in batches] == list(sampler.sizes) == sizes
     draws = list(chain(*batches))
@@ -96,14 +96,29 @@ def test_epochs_and_workers_draw_differently_and_reproducibly() -> None:
     assert draws(0, 0) != draws(1, 0)
 
 
-def test_a_batch_is_never_empty() -> None:
-    sampler = CodedSampler(np.ones(1), [np.arange(5)], batch_size=1, batches=7, size=lambda: 0)
-    assert [len(batch) for batch in sampler] == [1] * 7
+@given(data=st.data(), workers=st.integers(1, 6), samples=st.integers(1, 60), seed=st.integers(0, 2**16))
+def test_of_data_that_move_every_sample_comes_once_in_a_pass_whoever_draws_it(
+    data: st.DataObject, workers: int, samples: int, seed: int
+) -> None:
+    sizes = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=workers, max_size=workers), min_size=1, max_size=8))
+
+    def draws(worker: int) -> list[list[int]]:
+        left = iter([sizes[0], *sizes])  # the first is asked for to skip no batch
+        options = {"batch_size": 1, "batches": len(sizes), "seed": seed, "worker": None}
+        return list(
+            CodedSampler(np.ones(1), [np.arange(samples)], cut=lambda: Cut.of(next(left), worker), **options)  # type: ignore[arg-type]
+        )
+
+    by_worker = [draws(worker) for worker in range(workers)]
+    assert [[len(batch) for batch in step] for step in zip(*by_worker)] == sizes
+    everybodys = list(chain(*chain(*zip(*by_worker))))
+    for start in range(0, len(everybodys), samples):
+        assert len(set(everybodys[start : start + samples])) == len(everybodys[start : start + samples])
 
 
 @pytest.mark.parametrize("skip", [0, 3, 7])
 def test_skipped_batches_are_those_of_the_present_size(skip: int) -> None:
-    sampler = CodedSampler(np.ones(1), [np.arange(20)], batch_size=2, batches=7, size=lambda: 5)
+    sampler = CodedSampler(np.ones(1), [np.arange(20)], batch_size=2, batches=7, cut=lambda: Cut(0, 5, 0))
     whole = list(sampler)
     sampler.skip = skip
     assert list(sampler) == whole[skip:]

@@ -32,7 +32,7 @@ class FakeReplica:
     ) -> None:
         self.plan, self.worker, self.late, self.sizes = plan, worker, late, sizes
         self.spec = SimpleNamespace(workers=plan.num_workers)
-        self.facts = SimpleNamespace(took=lambda samples, batch_size: None)
+        self.facts = SimpleNamespace(took=lambda samples, batch_size, moves: None)
         self.update = SimpleNamespace(known=bound)
         self.may_be_late = bool(late)
         self.in_step = self.awaits_backward = False
@@ -46,8 +46,10 @@ class FakeReplica:
     def batch_step(self) -> int:
         return self.step + self.awaits_backward
 
-    def batch_size(self, batch_size: int, step: int, least: int = 1) -> int:
-        return self.sizes.get(step, batch_size)
+    def batch_sizes(self, batch_size: int, step: int, least: int = 1) -> list[int]:
+        sizes = [batch_size] * self.plan.num_workers
+        sizes[self.worker] = self.sizes.get(step, batch_size)
+        return sizes
 
     def missed(self) -> bool:
         return self.step in self.late

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from torch_qgc.ddp.sampler import CodedSampler, checked_partitions
+from torch_qgc.ddp.sampler import CodedSampler, Cut, checked_partitions
 from torch_qgc.ddp.thin import batch_size_of, first_samples
 from torch_qgc.errors import ConfigError
 from torch_qgc.worker.replica import Replica
@@ -62,7 +62,7 @@ class Thinner:
         size = self.batch_size
         if size is None:
             return batch
-        count = max(1, self.replica.batch_size(size, self.replica.batch_step))
+        count = int(self.replica.batch_sizes(size, self.replica.batch_step)[self.replica.worker])
         sure = count < size and (self._cut is not None or batch_size_of(batch, size) == size)
         return self._first(batch, count) if sure else batch
 
@@ -248,7 +248,7 @@ class CodedLoader:
             thin = self._thinner.closed_without_us()
             sampler.keep = self._thinner.count if thin and not ahead else None
             batch, self._thinner.batch_size = next(batches), sampler.sizes.popleft()
-            self._replica.facts.took(self._thinner.batch_size, self.batch_size)
+            self._replica.facts.took(self._thinner.batch_size, self.batch_size, moves=sampler.moves)
             self._handed += 1
             count += 1
             yield self._thinner.thin(batch) if ahead and thin else batch
@@ -279,7 +279,7 @@ class CodedLoader:
 
     def _another(self) -> Any:
         """Return one more batch, for a step that this worker has to make up for."""
-        loader, indices = self._loader, self.sampler.stream().take(self.sampler.size).tolist()
+        loader, indices = self._loader, self.sampler.first()
         collate, self._thinner.batch_size = loader.collate_fn, len(indices)
         return collate([loader.dataset[i] for i in indices])
 
@@ -292,9 +292,10 @@ class CodedLoader:
         """Go on from a position, of a run with any number of workers; before the loop.
 
         With other workers or another batch size the position is rounded down to whole batches: some samples are drawn
-        again rather than left out. Where workers' batches differ, each skips as many batches of the size that it has
-        now, since the position is the same on every rank: one whose batches were larger before draws some samples
-        again, one whose batches were smaller leaves some out until the next epoch. Batches that are skipped are not
+        again rather than left out. Data that move are gone through together, so that other batches make no difference.
+        Of data that stay, each worker skips as many batches of the size that it has now, since the position is the same
+        on every rank: one whose batches were larger before draws some samples again, one whose batches were smaller
+        leaves some out until the next epoch. Batches that are skipped are not
         loaded; random numbers that the data set itself takes (augmentation) are torch's, and not part of the position.
         """
         self.set_epoch(int(position["epoch"]))
@@ -319,13 +320,16 @@ def make_loader(
 ) -> CodedLoader:
     """Make a loader over this worker's share of the data.
 
+    Without partitions, and with a plan in which everybody has a part of the data to himself, the data can move: every
+    epoch is one random permutation, from which each step takes the batches of all workers.
+
     Args:
         replica: whose loader it is.
         dataset: a map-style data set, the same on every rank (each rank only touches what its share needs).
         batch_size: samples per worker and batch, the mean over workers: a step takes workers * batch_size of them,
             and an epoch as many steps as the data set holds of these, however they are divided among the workers.
-        partitions: N lists of sample indices, one per partition of the plan, for data that cannot move; a random
-            permutation of the data set is cut into N equal blocks if None.
+        partitions: N lists of sample indices, one per partition of the plan, for data that cannot move. If None, data
+            move, or a random permutation of the data set is cut into N equal blocks where the plan codes.
         weights: [samples] >= 0, how often each sample is drawn in relation to the others of its partition, as for
             torch's WeightedRandomSampler; None: alike.
         thin: samples of a batch for a step that has closed without this worker, and the least that any batch has.
@@ -350,24 +354,31 @@ def make_loader(
         )
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
-    plan = replica.plan
+    plan, worker = replica.plan, replica.worker
     blocks = checked_partitions(plan, len(dataset), partitions, seed)
     weights = None if weights is None else _checked_weights(weights, len(dataset))
     samples = sum(len(block) for block in blocks)
-    probs = plan.partition_probabilities(replica.worker)
+    probs = plan.partition_probabilities(worker)
+    moves = partitions is None and plan.one_part_each
+    least = min(thin, batch_size)
+
+    def cut() -> Cut:
+        sizes = replica.batch_sizes(batch_size, replica.batch_step, least)
+        return Cut.of(sizes, worker) if moves else Cut(0, int(sizes[worker]), 0)
+
     sampler = CodedSampler(
-        probs,
-        blocks,
+        np.ones(1) if moves else probs,
+        [np.arange(samples)] if moves else blocks,
         batch_size=batch_size,
         batches=math.ceil(samples / (plan.num_workers * batch_size)),
-        size=lambda: replica.batch_size(batch_size, replica.batch_step, min(thin, batch_size)),
+        cut=cut,
         seed=seed,
-        worker=replica.worker,
+        worker=None if moves else worker,
         weights=weights,
     )
     if not probs.any():
         raise ConfigError(
-            f"worker {replica.worker} has no share of the data in this plan (it is always late, or was given no bits): "
+            f"worker {worker} has no share of the data in this plan (it is always late, or was given no bits): "
             "start the job without it, or make the plan with allow_drop=False"
         )
     own_generator = kwargs.get("generator") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,10 @@ from torch.utils.data import Sampler
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan
 
-__all__ = ["CodedSampler", "Stream", "checked_partitions", "random_partitions"]
+__all__ = ["CodedSampler", "Cut", "Stream", "checked_partitions", "random_partitions"]
 
 _GOLDEN = (5**0.5 - 1) / 2
+_EVERYBODY = 1 << 32  # in place of a worker's number
 
 
 def random_partitions(num_samples: int, num_partitions: int, seed: int) -> list[NDArray[np.int64]]:
@@ -24,8 +25,21 @@ def random_partitions(num_samples: int, num_partitions: int, seed: int) -> list[
     return np.array_split(permutation, num_partitions)
 
 
+class Cut(NamedTuple):
+    """What one step takes from a stream: this worker's samples, between those of the workers before and after it."""
+
+    before: int
+    own: int
+    after: int
+
+    @classmethod
+    def of(cls, sizes: Sequence[int] | NDArray[np.int64], worker: int) -> Cut:
+        """Return a worker's place among the batches of all workers, [K]."""
+        return cls(int(sum(sizes[:worker])), int(sizes[worker]), int(sum(sizes[worker + 1 :])))
+
+
 class Stream:
-    """The draws of one worker's epoch, one after the other and without end: a batch takes the next ones.
+    """The draws of an epoch, one after the other and without end: a batch takes the next ones.
 
     Each draw is sample i with probability p_i. The stream is made of passes, each a systematic sample in random order
     (Madow, 1949) of 1 / max p draws, so many that no sample comes twice; with equal p it is a permutation. Passes begin
@@ -66,20 +80,22 @@ class Stream:
 
 
 class CodedSampler(Sampler[list[int]]):
-    """Batches of sample indices drawn from one worker's share of the data.
+    """Batches of sample indices drawn from one worker's share of the data, or from data that all workers share.
 
     Worker k draws from partition n with probability a_kn / l_k (Song & Choi, Theorem 1), so the expected gradient
     of its batch is the one the plan's coefficients weigh. The batches of an epoch are cut from one `Stream`, which does
-    not depend on their sizes: small batches leave some of it over, large ones run into further passes.
+    not depend on their sizes: small batches leave some of it over, large ones run into further passes. Data that all
+    workers share are one stream, from which every step takes the batches of all workers, one after the other: each
+    sample comes once in an epoch, whatever the sizes of the batches.
 
     Args:
         probs: [N] chance that a sample comes from each partition: the plan's partition_probabilities(worker).
         partitions: N index lists.
         batch_size: samples per batch; where workers differ, the mean over them.
         batches: batches per epoch, whatever their sizes.
-        size: returns how many samples the batch has that is cut now; None: batch_size.
+        cut: returns what the batch that is cut now takes from the stream; None: batch_size samples.
         seed: with the epoch and the worker's number it determines the draws.
-        worker: this worker's number.
+        worker: this worker's number; None: all workers share the stream.
         weights: [samples] >= 0: within a partition, samples are drawn in proportion to these; None: alike.
     """
 
@@ -90,13 +106,13 @@ class CodedSampler(Sampler[list[int]]):
         *,
         batch_size: int,
         batches: int,
-        size: Callable[[], int] | None = None,
+        cut: Callable[[], Cut] | None = None,
         seed: int = 0,
-        worker: int = 0,
+        worker: int | None = 0,
         weights: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
         self.batch_size, self.batches = batch_size, batches
-        self._size = size if size is not None else lambda: batch_size
+        self._next_cut = cut if cut is not None else lambda: Cut(0, batch_size, 0)
         self._seed, self._worker = seed, worker
         self.epoch = 0
         self.skip = 0  # batches left out at the beginning, which a run before a checkpoint has had
@@ -114,22 +130,34 @@ class CodedSampler(Sampler[list[int]]):
 
     def stream(self) -> Stream:
         """Return the epoch's draws from the first one on."""
-        return Stream(self._indices, self._probs, np.random.default_rng([self._seed, self._worker, self.epoch]))
+        number = _EVERYBODY if self._worker is None else self._worker
+        return Stream(self._indices, self._probs, np.random.default_rng([self._seed, number, self.epoch]))
 
     @property
-    def size(self) -> int:
-        """Samples of the batch that is cut now."""
-        return max(1, self._size())  # a loop body cannot run on nothing
+    def moves(self) -> bool:
+        """All workers share the data, so that any of them may answer for any part of it."""
+        return self._worker is None
+
+    def first(self) -> list[int]:
+        """Return the epoch's first batch, in the size that it has now."""
+        return self._take(self.stream(), self._next_cut())
 
     def cut(self) -> list[int]:
         """Cut the epoch's next batch: called by the iteration, or by whoever leaves the batch out."""
         self._left -= 1
-        self.sizes.append(self.size)
-        return list(self._stream.take(self.sizes[-1]).tolist())
+        cut = self._next_cut()
+        self.sizes.append(cut.own)
+        return self._take(self._stream, cut)
+
+    def _take(self, stream: Stream, cut: Cut) -> list[int]:
+        stream.take(cut.before)
+        indices: list[int] = stream.take(cut.own).tolist()
+        stream.take(cut.after)
+        return indices
 
     def __iter__(self) -> Iterator[list[int]]:
         self._stream, self._left = self.stream(), self.batches - self.skip
-        self._stream.take(self.skip * self.size)
+        self._stream.take(self.skip * sum(self._next_cut()))
         self.keep = None
         self.sizes.clear()
         return self._batches()

@@ -34,6 +34,7 @@ LEAST_SAMPLES = 2
 # below, estimates differ by chance.
 _WORTHWHILE = 0.1
 _PATIENCE = 3.0  # rounds of usual length, after which a step closes in any case
+_LEAST_RATE = 0.01  # contributions per round that shares reckon with, so that everybody keeps one
 _ROWS = 64  # of the delays that deadlines are chosen from
 
 
@@ -66,7 +67,8 @@ class Steering:
     """Watch the workers of a job, and plan anew when that is due.
 
     The lever follows from the cause: a slow processor gets a smaller batch, a slow link fewer bits, and what neither
-    cures, tails and pauses, is what the deadline is for. Shares stay as they are: they say whose data counts how much.
+    cures, tails and pauses, is what the deadline is for. Where data can move, every worker's share is what it delivers,
+    so that each sample counts alike; else shares stay as they are: they say whose data counts how much.
 
     Args:
         workers: K.
@@ -95,6 +97,7 @@ class Steering:
         self.variance = RunningVariance(workers, norm=norm)
         self.noise = NoiseRatio(workers)
         self._batch_size = np.zeros(workers, dtype=np.int64)  # the mean, where a loader can cut batches; else 0
+        self._moves = np.zeros(workers, dtype=np.bool_)  # whose batches any worker could have drawn
         self._last_step = first_step + LEAST_STEPS + 2 - every  # nobody's first steps say anything
         self._changed = False
         self._alive: frozenset[int] | None = None
@@ -102,7 +105,7 @@ class Steering:
     def note(self, worker: int, timed: Timed, nbytes: int) -> None:
         """Enter a step that a worker has delivered, `nbytes` in all."""
         known = timed.batch_size > 0
-        self._batch_size[worker] = timed.batch_size
+        self._batch_size[worker], self._moves[worker] = timed.batch_size, timed.moves
         self._changed |= self.measurements.note(
             worker,
             batch=timed.samples / timed.batch_size if known else 1.0,
@@ -137,8 +140,9 @@ class Steering:
         plan = self._with_noise(dataclasses.replace(plan, batches=batches), plan.bits)
         rounds = JobRounds(Empirical(delays_s=self._delays_s(estimates, plan), caution=0.0))
         deadline_s, late, speedup = course.deadline_s, np.zeros(len(alive)), 1.0
+        moves = plan.one_part_each and bool(self._moves[alive].all())
         if self._auto_deadline:
-            choice = choose_deadline(rounds, lambda p: _Living(plan, alive, p))
+            choice = choose_deadline(rounds, lambda p: _Living(plan, alive, p, moves))
             # Where nothing that was seen is worth a deadline, there is one for what was not: a pause that comes for the
             # first time, or seldom, must not hold everybody up for as long as it lasts.
             deadline_s = _PATIENCE * rounds.waiting().round_s
@@ -149,6 +153,8 @@ class Steering:
             late = 1.0 - rounds.cadence(deadline_s).rates
         p = np.array(plan.straggle_probs)
         p[alive] = np.clip(late, 0.0, 0.99)
+        if moves:
+            plan = plan.shared_out(_delivered(plan.batches, p, alive))
         bits = self._bits(plan, p, estimates, batches, deadline_s)
         made = self._with_noise(dataclasses.replace(plan, straggle_probs=p), bits)
         if not self._differs(course, made, deadline_s):
@@ -253,11 +259,20 @@ class Steering:
 class _Living:
     """What `choose_deadline` asks of a plan, for the workers that are alive."""
 
-    def __init__(self, plan: Plan, alive: list[int], straggle_probs: Floats) -> None:
+    def __init__(self, plan: Plan, alive: list[int], straggle_probs: Floats, moves: bool) -> None:
         shares = plan.shares[alive]
+        if moves:
+            shares = plan.batches[alive] * np.clip(1.0 - straggle_probs, _LEAST_RATE, 1.0)
         self.shares: Floats = shares / shares.sum()
         factors = error_factors(np.clip(straggle_probs, 0.0, 1.0), plan.variance[alive])
         self.residual_bound = float(factors[shares > 0] @ self.shares[shares > 0] ** 2)
+
+
+def _delivered(batches: Floats, straggle_probs: Floats, alive: list[int]) -> Floats:
+    """Return [K] each worker's part of the samples that are delivered; next to nothing of one that is gone."""
+    rates = np.full_like(batches, _LEAST_RATE)
+    rates[alive] = np.clip(1.0 - straggle_probs[alive], _LEAST_RATE, 1.0)
+    return batches * rates / (batches @ rates)
 
 
 def _far(values: Floats, others: Floats) -> bool:

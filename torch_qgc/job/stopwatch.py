@@ -16,6 +16,7 @@ class Timed(NamedTuple):
         step: which.
         samples: of its batch.
         batch_size: the mean over workers; 0: batches are not ours to cut.
+        moves: any worker could have drawn its batch.
         own_s: seconds from the result of the step before to this step's last payload, by the worker's clock.
         link_s: by how much longer its payloads were on the way than the announcement of the step.
     """
@@ -23,6 +24,7 @@ class Timed(NamedTuple):
     step: int
     samples: int
     batch_size: int
+    moves: bool
     own_s: float
     link_s: float
 
@@ -63,4 +65,5 @@ class Stopwatch:
         del self._running[worker]
         link_s = max(now - running.at_s - push.spent_s, 0.0)
         own_s = running.begin.outside_s + push.spent_s
-        return Timed(push.step, running.begin.samples, running.begin.batch_size, own_s, link_s)
+        begin = running.begin
+        return Timed(push.step, begin.samples, begin.batch_size, begin.moves, own_s, link_s)

@@ -49,6 +49,10 @@ class Turn:
                 self._times.begin(self._replica.counts.wait_s)
         return self.replays
 
+    def took(self, sampler: CodedSampler) -> None:
+        """Note the batch at hand, which this sampler has cut."""
+        self._replica.facts.took(sampler.sizes.popleft(), sampler.batch_size, moves=sampler.moves)
+
 
 def code_sampling(replica: Replica, loader: Any, *, partitions: Any, seed: int) -> Any:
     """Return a copy of a DataLoader that draws from this worker's share where the original has a DistributedSampler.
@@ -146,8 +150,13 @@ class ReplayingLoader:
         sampler = getattr(self._loader, "batch_sampler", None)
         if isinstance(sampler, CodedSampler):
             sampler.skip = self._position
-            return iter(self._loader)
+            return self._cut_by(sampler)
         return islice(iter(self._loader), self._position, None)
+
+    def _cut_by(self, sampler: CodedSampler) -> Iterator[Any]:
+        for batch in self._loader:
+            self._turn.took(sampler)
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return how far the epoch is; Lightning puts it into checkpoints."""

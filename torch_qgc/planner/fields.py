@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats, Ints, batch_sizes, per_worker, probabilities
-from torch_qgc.planner.shares import Weights, error_factors, frozen_weights, partition_fractions
+from torch_qgc.planner.shares import Weights, error_factors, frozen_weights, is_diagonal, partition_fractions
 from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, Norm, quantization_variance
 
 __all__ = ["PlanFields"]
@@ -74,6 +74,11 @@ class PlanFields:
     def partition_fractions(self) -> Floats:
         """[N] fractions s_n of the data, sum 1."""
         return partition_fractions(self.num_partitions, self.partition_sizes)
+
+    @cached_property
+    def one_part_each(self) -> bool:
+        """Every worker answers for one partition, which is nobody else's: no code."""
+        return is_diagonal(self.weights)
 
     @property
     def spent_bits(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch_qgc.errors import PlanError
 from torch_qgc.planner import consistency, rules, serial, trainable
 from torch_qgc.planner.checks import Floats, Received, Rule
 from torch_qgc.planner.fields import PlanFields
-from torch_qgc.planner.shares import dense_rows, load
+from torch_qgc.planner.shares import dense_rows, diagonal_weights, load
 
 __all__ = ["Plan"]
 
@@ -104,6 +105,18 @@ class Plan(PlanFields):
                 or a second track beside "uncorrected" or a rule of the codes in torch_qgc.schemes.
         """
         return self._second_scale(self._received(arrived, rates, temperature))
+
+    def shared_out(self, shares: Floats) -> Plan:
+        """Return this plan for data that can move: cut anew, so that everybody answers for such a part of them.
+
+        Args:
+            shares: [K] > 0, sum 1.
+        Raises:
+            PlanError: this plan codes, so that parts of the data are at more than one worker; or shares out of range.
+        """
+        if not self.one_part_each:
+            raise PlanError("expected a plan in which every worker has one partition to itself, got one that codes")
+        return dataclasses.replace(self, shares=shares, weights=diagonal_weights(shares), partition_sizes=shares)
 
     def check_trainable(self) -> None:
         """Check that a job can train with this plan.

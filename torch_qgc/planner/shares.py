@@ -15,8 +15,10 @@ __all__ = [
     "Weights",
     "dense_if_small",
     "dense_rows",
+    "diagonal_weights",
     "error_factors",
     "frozen_weights",
+    "is_diagonal",
     "load",
     "optimal_shares",
     "partition_fractions",
@@ -153,6 +155,11 @@ def segment_weights(shares: ArrayLike, num_partitions: int, *, partition_sizes: 
     return dense_if_small(entries)
 
 
+def diagonal_weights(shares: Floats) -> Weights:
+    """Return the weights of workers that answer for one partition each, of these shares of the data."""
+    return dense_if_small(sparse.csr_array(sparse.diags_array(len(shares) * shares)))
+
+
 def dense_if_small(entries: sparse.csr_array[Any, Any]) -> Weights:
     """Return weights as an array if they are small enough to be one."""
     rows, columns = entries.shape
@@ -175,6 +182,12 @@ def frozen_weights(weights: Weights, num_workers: int) -> Weights:
 def stored_entries(weights: Weights) -> Floats:
     """Return the stored entries: all of an array, the non-zero ones of a sparse one."""
     return weights if isinstance(weights, np.ndarray) else np.asarray(weights.data)
+
+
+def is_diagonal(weights: Weights) -> bool:
+    """Tell whether every worker answers for one partition, which is nobody else's."""
+    rows, columns = weights.nonzero()
+    return weights.shape[0] == weights.shape[1] == len(rows) and bool(np.all(rows == columns))
 
 
 def dense_rows(weights: Weights, start: int, stop: int) -> Floats:

@@ -81,6 +81,7 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
     thin: bool = False
     samples: Index = 0  # of its batch
     batch_size: Index = 0  # the mean over workers; 0: the user's own loader, whose batches are not ours to cut
+    moves: bool = False  # any worker could have drawn it
     outside_s: Seconds = 0.0  # since the result of the step before: update, data, whatever the loop does
     # The learning rate over its peak so far, the same on all ranks; next to 0 as long as it has never changed.
     temperature: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = LEAST

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch_qgc.job.courses import Courses
 from torch_qgc.planner.batches import apportion
+from torch_qgc.planner.checks import Ints
 from torch_qgc.planner.temperature import LEAST, Thermometer
 from torch_qgc.worker.statement import Statement
 
@@ -18,30 +19,36 @@ class Facts:
     Args:
         statement: knows the optimizers.
         courses: the plans of the job.
-        worker: this worker's number.
     """
 
-    def __init__(self, statement: Statement, courses: Courses, worker: int) -> None:
+    def __init__(self, statement: Statement, courses: Courses) -> None:
         self.courses = courses
         self.thermometer = Thermometer()  # of the learning rate
-        self._statement, self._worker = statement, worker
+        self._statement = statement
         self._samples = self._batch_size = 0
+        self._moves = False
         self._lr_changes = False
         self._made_at_s: float | None = None  # the step before
-        self._sizes: dict[tuple[int, int], int] = {}  # (plan's version, mean) -> this worker's
+        self._sizes: dict[tuple[int, int, int], Ints] = {}  # (plan's version, mean, least) -> everybody's
 
-    def batch_size(self, batch_size: int, step: int, least: int) -> int:
-        """Return how many samples this worker's batches have in a step; see `Replica.batch_size`."""
+    def batch_sizes(self, batch_size: int, step: int, least: int) -> Ints:
+        """Return how many samples each worker's batches have in a step; see `Replica.batch_sizes`."""
         course = self.courses.at(step)
-        if (course.version, batch_size) not in self._sizes:
-            self._sizes = {key: size for key, size in self._sizes.items() if key[0] == course.version}
-            samples = apportion(course.plan.batches, batch_size, least)
-            self._sizes[course.version, batch_size] = int(samples[self._worker])
-        return self._sizes[course.version, batch_size]
+        key = course.version, batch_size, least
+        if key not in self._sizes:
+            self._sizes = {known: sizes for known, sizes in self._sizes.items() if known[0] == course.version}
+            self._sizes[key] = apportion(course.plan.batches, batch_size, least)
+        return self._sizes[key]
 
-    def took(self, samples: int, batch_size: int) -> None:
-        """Note the batch at hand, of a loader that cuts batches to any size; `batch_size` is their mean."""
-        self._samples, self._batch_size = samples, batch_size
+    def took(self, samples: int, batch_size: int, *, moves: bool) -> None:
+        """Note the batch at hand, of a loader that cuts batches to any size.
+
+        Args:
+            samples: that it has.
+            batch_size: the mean over workers.
+            moves: any worker could have drawn it.
+        """
+        self._samples, self._batch_size, self._moves = samples, batch_size, moves
 
     def made(self, now: float) -> None:
         """Note that a step was made."""
@@ -52,6 +59,7 @@ class Facts:
         return {
             "samples": self._samples,
             "batch_size": self._batch_size,
+            "moves": self._moves,
             "outside_s": 0.0 if self._made_at_s is None else now - self._made_at_s,
             "temperature": self._temperature(),
         }

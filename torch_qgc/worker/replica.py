@@ -23,6 +23,7 @@ from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
 from torch_qgc.planner import Plan
+from torch_qgc.planner.checks import Ints
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.buffers import KeptBuffers
@@ -78,7 +79,7 @@ class Replica:
         self.counts = Report(workers=spec.workers, numel=layout.numel)
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(layout.chunks))
         self.statement = Statement(layout, spec.first_step)
-        self.facts = Facts(self.statement, self.courses, worker)
+        self.facts = Facts(self.statement, self.courses)
         self.update = Update(layout, self.check_exchanged)
         self.loops = 0  # over loaders, in which steps were made
         self._buffers = KeptBuffers(module)
@@ -147,15 +148,15 @@ class Replica:
         """
         return self.step + self.awaits_backward
 
-    def batch_size(self, batch_size: int, step: int, least: int = 1) -> int:
-        """Return how many samples this worker's batches have in a step, at least one.
+    def batch_sizes(self, batch_size: int, step: int, least: int = 1) -> Ints:
+        """Return how many samples each worker's batches have in a step, [K] int64, at least one.
 
         Args:
             batch_size: the mean over all workers, as the user has chosen it.
             step: the step that they are for.
             least: samples that every worker's batches have; no more than `batch_size`.
         """
-        return self.facts.batch_size(batch_size, step, least)
+        return self.facts.batch_sizes(batch_size, step, least)
 
     def missed(self) -> bool:
         """Tell whether the step that a batch is asked for closes without this worker.
