@@ -72,6 +72,13 @@ class Stream:
             missing -= self._length
         return np.concatenate(parts)
 
+    def cut(self, cut: Cut) -> list[int]:
+        """Take what a step does, and return this worker's part of it."""
+        self.take(cut.before)
+        own: list[int] = self.take(cut.own).tolist()
+        self.take(cut.after)
+        return own
+
     def _pass(self) -> NDArray[np.int64]:
         ticks = np.arange(self._length) + self._phase
         self._phase = (self._phase + _GOLDEN) % 1.0
@@ -140,20 +147,14 @@ class CodedSampler(Sampler[list[int]]):
 
     def first(self) -> list[int]:
         """Return the epoch's first batch, in the size that it has now."""
-        return self._take(self.stream(), self._next_cut())
+        return self.stream().cut(self._next_cut())
 
     def cut(self) -> list[int]:
         """Cut the epoch's next batch: called by the iteration, or by whoever leaves the batch out."""
         self._left -= 1
         cut = self._next_cut()
         self.sizes.append(cut.own)
-        return self._take(self._stream, cut)
-
-    def _take(self, stream: Stream, cut: Cut) -> list[int]:
-        stream.take(cut.before)
-        indices: list[int] = stream.take(cut.own).tolist()
-        stream.take(cut.after)
-        return indices
+        return self._stream.cut(cut)
 
     def __iter__(self) -> Iterator[list[int]]:
         self._stream, self._left = self.stream(), self.batches - self.skip

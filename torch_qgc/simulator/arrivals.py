@@ -250,7 +250,8 @@ class JobRounds:
         self._rounds.begin(worker, step, self._now)
         mean = self._demand.batch_size or 0
         samples = round(float(self._load(step).batches[worker]) * mean)
-        self._stopwatch.begin(worker, Begin(step, samples=samples, batch_size=mean), self._now)
+        begin = Begin(step, samples=samples, batch_size=mean, moves=self._demand.moves)
+        self._stopwatch.begin(worker, begin, self._now)
 
     def _arrive(self, worker: int, step: int) -> None:
         """Let a worker's payload come."""

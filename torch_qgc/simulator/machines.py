@@ -50,12 +50,14 @@ class Demand(NamedTuple):
         down: coordinates of each vector of a result; together they are the gradient.
         downlink_bits: of these.
         batch_size: samples of a mean batch; None: batches do not follow the plan, and are all alike.
+        moves: any worker could have drawn them.
     """
 
     up: tuple[int, ...]
     down: tuple[int, ...]
     downlink_bits: int
     batch_size: int | None = None
+    moves: bool = False
 
     def payload_bytes(self, bits: int) -> int:
         """Return the size of what a worker sends in a step."""

@@ -226,11 +226,24 @@ def _work(
             f"batch_size: expected None or sampling='partition' with a {type(codec.scheme).__name__}, whose workers do "
             "not send whole gradients"
         )
-    exact_every = experiment.exact_every
     try:
-        return WorkerWork(gradients, plan, blocks, batch_size=size, seed=seed, exact_every=exact_every, plan_at=plan_at)
+        return WorkerWork(
+            gradients,
+            plan,
+            blocks,
+            batch_size=size,
+            moves=_moves(experiment, plan),
+            seed=seed,
+            exact_every=experiment.exact_every,
+            plan_at=plan_at,
+        )
     except PlanError as error:
         raise PlanError(f"{error}; or simulate it with sampling='partition'") from error
+
+
+def _moves(experiment: Experiment, plan: Plan) -> bool:
+    """Tell whether any worker may draw any sample, as `make_loader` does."""
+    return experiment.partitions is None and plan.one_part_each
 
 
 def _demand(experiment: Experiment, codec: SchemeCodec, downlink_bits: int) -> Demand:
@@ -241,6 +254,7 @@ def _demand(experiment: Experiment, codec: SchemeCodec, downlink_bits: int) -> D
         down=tuple(s.stop - s.start for s in codec.slices),
         downlink_bits=downlink_bits,
         batch_size=experiment.batch_size if follows else None,
+        moves=_moves(experiment, codec.slices[0].plan),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torch_qgc.ddp.sampler import CodedSampler, Stream
+from torch_qgc.ddp.sampler import CodedSampler, Cut, Stream
 from torch_qgc.planner import Plan
 from torch_qgc.planner.batches import apportion
 from torch_qgc.planner.checks import Floats
@@ -117,9 +117,9 @@ class WorkerWork:
     Args:
         gradients: computes gradients of the model.
         plan: the plan from whose shares workers draw.
-        plan_at: step -> the plan that holds for it, in a job that plans anew, which differs in batches only; None:
-            `plan` in all steps.
+        plan_at: step -> the plan that holds for it, in a job that plans anew; None: `plan` in all steps.
         blocks: N lists of sample indices.
+        moves: all workers draw from all of them, one after the other, instead.
         batch_size: samples per worker and step, which the plan's batches are multiples of.
         seed: the seed of the draws.
         exact_every: steps between two computations of the true gradient, each of which takes a pass over the data;
@@ -135,6 +135,7 @@ class WorkerWork:
         blocks: Partitions,
         *,
         batch_size: int,
+        moves: bool = False,
         seed: int = 0,
         exact_every: int = 0,
         plan_at: Callable[[int], Plan] | None = None,
@@ -142,17 +143,18 @@ class WorkerWork:
         self._gradients, self._plan, self._blocks = gradients, plan, blocks
         self._batch_size, self._exact_every = batch_size, exact_every
         self._plan_at = plan_at if plan_at is not None else lambda step: plan
+        self._moves = moves
         self._sizes: dict[Plan, list[int]] = {}  # each worker's batch
         samples = sum(len(block) for block in blocks)
         self._epoch_steps = math.ceil(samples / (plan.num_workers * batch_size))  # as make_loader counts
         self._samplers = [
             CodedSampler(
-                plan.partition_probabilities(worker),
-                blocks,
+                np.ones(1) if moves else plan.partition_probabilities(worker),
+                [np.concatenate(blocks)] if moves else blocks,
                 batch_size=batch_size,
                 batches=self._epoch_steps,
                 seed=seed,
-                worker=worker,
+                worker=None if moves else worker,
             )
             for worker in range(plan.num_workers)
         ]
@@ -175,15 +177,15 @@ class WorkerWork:
             self._samplers[worker].set_epoch(epoch)
             self._streams[worker] = epoch, step - batch, self._samplers[worker].stream()
         _, following, stream = self._streams[worker]
-        stream.take(sum(self._size(skipped, worker) for skipped in range(following, step)))
+        stream.take(sum(sum(self._cut(skipped, worker)) for skipped in range(following, step)))
         self._streams[worker] = epoch, step + 1, stream
-        return list(stream.take(self._size(step, worker)).tolist())
+        return stream.cut(self._cut(step, worker))
 
-    def _size(self, step: int, worker: int) -> int:
+    def _cut(self, step: int, worker: int) -> Cut:
         plan = self._plan_at(step)
         if plan not in self._sizes:
             self._sizes[plan] = apportion(plan.batches, self._batch_size).tolist()
-        return self._sizes[plan][worker]
+        return Cut.of(self._sizes[plan], worker) if self._moves else Cut(0, self._sizes[plan][worker], 0)
 
     def _exact(self, step: int) -> Computed:
         whole = torch.zeros_like(self._gradients.scratch)
