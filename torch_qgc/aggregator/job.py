@@ -79,6 +79,7 @@ class Job:
             self._steering = Steering(
                 spec.workers,
                 spec.numel,
+                downlink_bits=spec.downlink_bits,
                 every=spec.replan_every,
                 auto_deadline=spec.rule.deadline_s == "auto",
                 first_step=spec.first_step,
@@ -208,7 +209,7 @@ class Job:
                 self._energies[worker] = push.step, push.squared_norm, push.variance
             timed = self._stopwatch.push(worker, push, now)
             if timed is not None:
-                self._steering.note(worker, timed, payload_bytes(self.spec.numel, push.bits))
+                self._steering.note(worker, timed, push.bits)
         if fate is not Fate.IN_TIME:
             self.stats["late"] += 1
             self.stats[fate.value] += 1
@@ -235,6 +236,7 @@ class Job:
         for closing in closings:
             self._publish(closing)
         if closings:
+            self._stopwatch.close(self.rounds.oldest - 1, now)
             self._replan_if_due(now)
 
     def _replan_if_due(self, now: float) -> None:

@@ -73,6 +73,7 @@ class Steering:
     Args:
         workers: K.
         numel: coordinates of the gradient.
+        downlink_bits: of results.
         every: steps between two plans, if nothing has changed.
         auto_deadline: choose the deadline, too.
         first_step: of the job.
@@ -85,6 +86,7 @@ class Steering:
         workers: int,
         numel: int,
         *,
+        downlink_bits: int = PASS_THROUGH_BITS,
         every: int,
         auto_deadline: bool,
         first_step: int = 0,
@@ -92,6 +94,7 @@ class Steering:
         most_batch: float = 2.0,
     ) -> None:
         self._most_batch = most_batch
+        self._down_bytes = payload_bytes(numel, downlink_bits)
         self._numel, self._every, self._auto_deadline = numel, every, auto_deadline
         self.measurements = Measurements(workers)
         self.variance = RunningVariance(workers, norm=norm)
@@ -102,16 +105,16 @@ class Steering:
         self._changed = False
         self._alive: frozenset[int] | None = None
 
-    def note(self, worker: int, timed: Timed, nbytes: int) -> None:
-        """Enter a step that a worker has delivered, `nbytes` in all."""
+    def note(self, worker: int, timed: Timed, bits: int) -> None:
+        """Enter a step that a worker has delivered in so many bits per coordinate."""
         known = timed.batch_size > 0
         self._batch_size[worker], self._moves[worker] = timed.batch_size, timed.moves
         self._changed |= self.measurements.note(
             worker,
             batch=timed.samples / timed.batch_size if known else 1.0,
             own_s=timed.own_s,
-            link_s=timed.link_s,
-            nbytes=nbytes,
+            link_s=timed.link_s + (timed.down_s or 0.0),
+            nbytes=payload_bytes(self._numel, bits) + (0 if timed.down_s is None else self._down_bytes),
         )
 
     def is_due(self, step: int, alive: frozenset[int]) -> bool:
@@ -206,8 +209,10 @@ class Steering:
         most = np.full(plan.num_workers, 16)
         if deadline_s is not None:
             for k, e in estimates.items():
-                left_s = deadline_s - e.fixed_s.value - e.per_batch_s.value * batches[k] - e.latency_s.value
-                most[k] = min(int(bits_within(left_s, [max(e.per_byte_s.value, 0.0)], self._numel)[0]), 16)
+                byte_s = max(e.per_byte_s.value, 0.0)
+                own_s = e.fixed_s.value + e.per_batch_s.value * batches[k]
+                left_s = deadline_s - own_s - e.latency_s.value - byte_s * self._down_bytes
+                most[k] = min(int(bits_within(left_s, [byte_s], self._numel)[0]), 16)
         budget = int(plan.spent_bits) if plan.bit_budget is None else plan.bit_budget
         delta = error_factors(p[:, None], self._noise_table(batches))
         with np.errstate(invalid="ignore"):
@@ -244,7 +249,8 @@ class Steering:
         )
 
     def _bytes(self, bits: int) -> int:
-        return payload_bytes(self._numel, int(bits))
+        """Return what a step takes on a link, both ways."""
+        return payload_bytes(self._numel, int(bits)) + self._down_bytes
 
     def _differs(self, course: Course, plan: Plan, deadline_s: float | None) -> bool:
         old = course.plan

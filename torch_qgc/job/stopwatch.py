@@ -19,6 +19,8 @@ class Timed(NamedTuple):
         moves: any worker could have drawn its batch.
         own_s: seconds from the result of the step before to this step's last payload, by the worker's clock.
         link_s: by how much longer its payloads were on the way than the announcement of the step.
+        down_s: for which the result of the step before was on the way to it, and the announcement back; None: it was
+            still busy when that step closed, and has not waited for its result.
     """
 
     step: int
@@ -27,11 +29,13 @@ class Timed(NamedTuple):
     moves: bool
     own_s: float
     link_s: float
+    down_s: float | None
 
 
 class _Running(NamedTuple):
     begin: Begin
     at_s: float
+    down_s: float | None
     delivered: int
 
 
@@ -45,13 +49,19 @@ class Stopwatch:
     def __init__(self, chunks: int) -> None:
         self._chunks = chunks
         self._running: dict[int, _Running] = {}  # by worker
+        self._delivered: dict[int, int] = {}  # worker -> the newest step that it has delivered in full
+        self._closed: tuple[int, float, frozenset[int]] = (-1, 0.0, frozenset())  # step, when, who waited for it
 
     def begin(self, worker: int, begin: Begin, now: float) -> None:
         """Note that a worker begins a step."""
         if begin.thin:
             self._running.pop(worker, None)
         else:
-            self._running[worker] = _Running(begin, now, 0)
+            step, closed_at_s, waited = self._closed
+            down_s = None
+            if begin.step == step + 1 and worker in waited:
+                down_s = max(now - closed_at_s - begin.outside_s, 0.0)
+            self._running[worker] = _Running(begin, now, down_s, 0)
 
     def push(self, worker: int, push: Push, now: float) -> Timed | None:
         """Note a payload; return what the step took if this was its last one here."""
@@ -63,7 +73,15 @@ class Stopwatch:
             self._running[worker] = running
             return None
         del self._running[worker]
+        self._delivered[worker] = push.step
         link_s = max(now - running.at_s - push.spent_s, 0.0)
         own_s = running.begin.outside_s + push.spent_s
         begin = running.begin
-        return Timed(push.step, begin.samples, begin.batch_size, begin.moves, own_s, link_s)
+        return Timed(push.step, begin.samples, begin.batch_size, begin.moves, own_s, link_s, running.down_s)
+
+    def close(self, step: int, now: float) -> None:
+        """Note that the results of all steps up to this one are sent, to all at once."""
+        if step <= self._closed[0]:
+            return
+        waited = frozenset(worker for worker, delivered in self._delivered.items() if delivered == step)
+        self._closed = step, now, waited

@@ -178,6 +178,7 @@ class JobRounds:
         while not (closed := self._rounds.close_due(self._now)):
             self._go_on(step)
         (closing,) = closed
+        self._stopwatch.close(step, self._now)
         if self._steering is not None:
             replan_if_due(self._steering, self._rounds, self._replan)
         wanted = {worker for worker, begun in self._began if begun == step} | self._send_result(step)
@@ -260,7 +261,7 @@ class JobRounds:
         push = Push(step, 0, bits, variance=0.0, squared_norm=0.0, spent_s=self._spent_s.pop((worker, step)))
         timed = self._stopwatch.push(worker, push, self._now)
         if self._steering is not None and timed is not None:
-            self._steering.note(worker, timed, self._demand.payload_bytes(bits))
+            self._steering.note(worker, timed, bits)
 
     def _replan(self, plan: Plan, deadline_s: float | None) -> Course:
         plan.check_trainable()

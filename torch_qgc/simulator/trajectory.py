@@ -274,6 +274,7 @@ def _arrivals(experiment: Experiment, codec: SchemeCodec, demand: Demand, seed: 
         steering = Steering(
             experiment.workers,
             sum(demand.down),
+            downlink_bits=demand.downlink_bits,
             every=experiment.replans,
             auto_deadline=rule.deadline_s == "auto",
             norm=plan.norm,
