@@ -103,7 +103,7 @@ def summary(rows: Sequence[Row], level: float) -> dict[tuple[str, str], tuple[li
 
 def show(rows: Sequence[Row], level: float, console: Console) -> None:
     """Print every job's seconds to the level, and where it ends."""
-    table = Table("data", "job", "lr", f"seconds to AP50 {level:g}", "reached", "AP50", "slow processor's own", "steps")
+    table = Table("data", "job", "lr", f"seconds to AP50 {level:g}", "reached", "AP50", "slow workers' own", "steps")
     for (panel, job), (times_s, of) in summary(rows, level).items():
         means = [f"{statistics.mean(float(row[name]) for row in of):.3f}" for name in ("ap50", "ap50_slow")]
         steps = f"{statistics.mean(float(row['steps']) for row in of):.0f}"

@@ -42,7 +42,7 @@ def test_the_report_says_what_the_jobs_say(tmp_path: Path) -> None:
     assert rows["wall time"] == ["40 s", "20 s"]
     assert rows["seconds to AP50 0.3"] == ["30", "15"]
     assert rows["seconds to AP50 0.5"] == ["not reached"] * 2
-    assert rows["AP50 at the end, slow processor's own (8, 9)"] == ["0.250"] * 2
+    assert rows["AP50 at the end, slow workers' own (8, 9)"] == ["0.250"] * 2
     text = report.markdown({"moves": both}, both[0].settings, ["8", "9"])
     for name, values in rows.items():
         assert f"| {name} | " + " | ".join(values) + " |" in text

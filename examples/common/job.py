@@ -100,7 +100,7 @@ class Job:
         if self.rank == 0:
             if not self.made or self.elapsed_s > self.made[-1][1] + MADE_EVERY_S:
                 self.made.append((self.step, round(self.elapsed_s, 2)))
-            done = self.step if completed is None else completed
+            done = self.step if completed is None else round(completed)
             with replacing(self.s.folder / PROGRESS) as path:
                 path.write_text(json.dumps({"completed": done, "loss": f"{loss.item():.2f}"}))
 

@@ -22,7 +22,7 @@ from torch import nn
 from detection import evaluation
 from detection.data import CocoImages, labels_only_at, partition
 from detection.model import build_model
-from detection.settings import MACHINES, SLOW_PROCESSOR, Settings
+from detection.settings import MACHINES, SLOW_LINK, SLOW_PROCESSOR, Settings
 
 VAL_IMAGES = 100
 JUDGES = 2  # processes
@@ -120,9 +120,9 @@ def load(s: Settings, state: dict[str, Any], train: CocoImages) -> nn.Module:
 
 
 def slow_labels(data: CocoImages, s: Settings) -> list[int]:
-    """Return the labels of what only the worker with the slow processor has, where data stay where they are."""
+    """Return the labels of what only the two slow workers have, where data stay where they are."""
     held = partition(data, [1.0] * len(MACHINES), moves=False, seed=s.seed)
-    return labels_only_at(data, held, SLOW_PROCESSOR)
+    return [label for worker in (SLOW_LINK, SLOW_PROCESSOR) for label in labels_only_at(data, held, worker)]
 
 
 def _judged(kept_by: tuple[Settings, Path]) -> Point:

@@ -13,7 +13,7 @@ LEVELS = (0.3, 0.5)  # of AP50, that the table says the times of
 
 def rows(outcomes: Sequence[Outcome], slow_names: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Return the table's rows: what it is, and its value for each job."""
-    slow = f"AP50 at the end, slow processor's own ({', '.join(slow_names)})"
+    slow = f"AP50 at the end, slow workers' own ({', '.join(slow_names)})"
     reached = {f"seconds to AP50 {level:g}": lambda o, at=level: _seconds(o.seconds_to(at)) for level in LEVELS}
     texts = reached | {
         "AP50 at the end": lambda o: f"{o.points[-1].ap50:.3f}",

@@ -83,7 +83,7 @@ class Settings:
     seconds: float = 110.0
     batch_size: int = 8
     backbone: str = "small"
-    size: int = 96
+    size: int = 128
     deadline_s: float = 0.4
     downlink_bits: int = 8
     lr: float = 6e-3
