@@ -142,5 +142,5 @@ def test_who_is_told_how_long_to_wait_before_joining_follows_the_deadline_of_the
     courses = Courses(ClosingRule(deadline_s=1.0, late="drop", warmup_steps=0), PLANS[0])
     courses.add(course(1, 10, deadline_s=8.0))
     assert courses.wait_before_joining_s(9, elapsed_s=0.5, usual_s=0.9) == pytest.approx(0.75)
-    assert courses.wait_before_joining_s(10, elapsed_s=0.5, usual_s=0.9) == 0.0
+    assert courses.wait_before_joining_s(10, elapsed_s=0.5, usual_s=0.9) == pytest.approx(0.625)
     assert courses.wait_before_joining_s(10, elapsed_s=4.0, usual_s=5.0) == pytest.approx(6.0)

@@ -146,13 +146,15 @@ def courses_of(rule: ClosingRule) -> Courses:
     return Courses(rule, make_plan([0.1] * K))
 
 
-@given(elapsed=st.floats(0, 10), usual=st.floats(0, 10))
-def test_a_worker_waits_only_for_a_step_it_cannot_make_and_that_will_close(elapsed: float, usual: float) -> None:
+@given(elapsed=st.floats(0, 10), usual=st.floats(1e-3, 10))
+def test_a_worker_waits_only_for_a_step_that_is_half_done_and_is_about_to_close(elapsed: float, usual: float) -> None:
     wait_s = courses_of(DROP).wait_before_joining_s(5, elapsed, usual)
+    closes_s = usual if elapsed + usual <= 1.0 else 1.0
     if wait_s > 0:
-        assert elapsed + usual > 1.0
-        assert 0.25 <= elapsed <= 1.0
-        assert elapsed + wait_s > 1.0
+        assert closes_s / 4 <= elapsed <= closes_s
+        assert elapsed + wait_s == pytest.approx(1.25 * closes_s)
+    else:
+        assert not closes_s / 4 <= elapsed <= closes_s
     assert wait_s < 1.25
 
 
@@ -162,6 +164,8 @@ def test_a_worker_waits_only_for_a_step_it_cannot_make_and_that_will_close(elaps
         (DROP, 2, 0.9, 0.5),  # warm-up needs everybody: to wait here would be to wait for oneself
         (DROP, 5, 1.1, 0.5),  # past the deadline and open: it lacks its quorum
         (DROP, 5, 0.1, 5.0),  # a slow worker must take part now and then
+        (DROP, 5, 0.1, 0.5),  # it has just begun
+        (DROP, 5, 0.55, 0.4),  # it waits for somebody else
         (DROP, 5, None, 0.5),
         (DROP, 5, 0.9, None),
         (ClosingRule(deadline_s=1.0, late="fold"), 5, 0.9, 1.5),  # it makes no step: its late payloads are welcome
@@ -178,6 +182,7 @@ def test_a_worker_back_in_mid_step_waits_for_the_next_one() -> None:
     for late in ("fold", "drop"):
         courses = courses_of(ClosingRule(deadline_s=1.0, late=late, warmup_steps=3))  # type: ignore[arg-type]
         assert courses.wait_before_joining_s(5, 0.9, 0.5) == pytest.approx(0.35)
+        assert courses.wait_before_joining_s(5, 0.3, 0.5) == pytest.approx(0.325)  # else all would wait for it
 
 
 @pytest.mark.parametrize(

@@ -172,11 +172,12 @@ class Courses:
     def wait_before_joining_s(self, step: int, elapsed_s: float | None, usual_s: float | None) -> float:
         """Tell a worker that comes to an open step how long to wait for it to close; 0: join it.
 
-        A worker that comes back from a pause, and can no longer make the step, had better begin the next one with the
-        others: else it would be late again, and go on half a step behind them. Where late payloads are folded, that
-        holds for workers that make a step which they begin with the others; a slower one had better compute at once.
-        A step that has just begun is always tried, else a slow worker would never take part; one that is still open
-        after its deadline lacks its quorum, and needs everybody.
+        A worker that comes back from a pause to a step that is half done had better begin the next one with the others:
+        if it can still make this one, they would wait for it, and if it cannot, it would be late again, and go on half
+        a step behind them. Where late payloads are folded, that holds for workers that make a step which they begin
+        with the others; a slower one had better compute at once. A step that has just begun is always tried, else a
+        slow worker would never take part. One that lasts for longer than this worker would take waits for somebody
+        else, and one that is still open after its deadline lacks its quorum, and needs everybody.
 
         Args:
             step: of the job.
@@ -188,9 +189,11 @@ class Courses:
             return 0.0
         if self.rule.late == "fold" and usual_s > deadline_s:
             return 0.0
-        if elapsed_s < deadline_s / 4 or elapsed_s + usual_s <= deadline_s or elapsed_s > deadline_s:
+        makes_it = elapsed_s + usual_s <= deadline_s
+        closes_s = min(usual_s, deadline_s) if makes_it else deadline_s  # as far as it can tell
+        if elapsed_s < closes_s / 4 or elapsed_s > closes_s:
             return 0.0
-        return 1.25 * deadline_s - elapsed_s  # a quarter for the results to come
+        return 1.25 * closes_s - elapsed_s  # a quarter for the results to come
 
     def __repr__(self) -> str:
         return f"Courses(number {self.newest.version}, from step {self.newest.from_step} on)"
