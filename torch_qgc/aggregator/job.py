@@ -245,7 +245,16 @@ class Job:
         made = replan_if_due(self._steering, self.rounds, self.replan)
         if made is not None:
             course, choice = made
-            detail = {"version": course.version, "causes": choice.causes}
+            plan = course.plan
+            detail = {
+                "version": course.version,
+                "deadline_s": course.deadline_s,
+                "batches": plan.batches,
+                "bits": plan.bits,
+                "shares": plan.shares,
+                "late": plan.straggle_probs,
+                "causes": choice.causes,
+            }
             self._trace(Event(now, "replan", course.from_step, None, None, detail))
 
     def say_who_is_waited_for(self, now: float) -> None:
