@@ -240,11 +240,11 @@ def test_a_plan_that_was_lost_on_its_way_to_another_aggregator_is_told_again_on_
     match = Replanned(rng=np.random.default_rng(2), at_s=[0.5], aggregators=2, latency_s=0.1, deadline_s=2.0)
 
     def cut() -> None:
-        for member in match.members:
-            assert len(member.courses.changes) == 1  # it has heard, and is passing it on
+        match.world.wait_for(lambda: all(member.courses.changes for member in match.members))
+        for member in match.members:  # all have heard, and none has told
             match.world.cut(member.connection, 1)
 
-    match.world.net.at(0.65, cut)
+    match.world.start(cut)
 
     def work(member: Member) -> None:
         for _ in range(4):
