@@ -54,6 +54,7 @@ class Replanned(Match):
         deadline_s = [None, 0.5, 1.0, 2.0][int(self.rng.integers(4))]
         course = job.replan(other_plan(self.rng, job.courses.newest.plan), deadline_s)
         self.oracle.plans.append((course.from_step, course.plan, course.deadline_s))
+        self.world.aggregator.tick(self.world.now())  # an aggregator says at once what it has decided
 
     def check(self, *, gone: Sequence[int] = ()) -> None:
         super().check(gone=gone)
@@ -111,8 +112,8 @@ def test_all_apply_the_same_bytes_weighed_by_the_plan_that_each_payload_was_made
         match = Replanned(rng=rng, at_s=rng.uniform(0.0, 8.0, plans), aggregators=aggregators, rule=rule, **way)
 
         def cut() -> None:
-            seen["cut"] += 1
-            match.world.cut(match.members[int(rng.integers(K))].connection, int(rng.integers(aggregators)))
+            seen["cut"] += 1  # never worker 0: an aggregator that has lost all workers ends
+            match.world.cut(match.members[int(rng.integers(1, K))].connection, int(rng.integers(aggregators)))
 
         for time_s in rng.uniform(2.0, 8.0, weather.cuts):  # all have joined by then
             match.world.net.at(time_s, cut)
@@ -342,6 +343,7 @@ def replan_every(job: Job, seconds: float, choose: Callable[[], tuple[Plan, floa
         running = job.aggregator.job
         if running is not None and running.rounds.roster.alive.any():
             running.replan(*choose())
+            job.aggregator.tick(job.net.now())
             job.net.at(job.net.now() + seconds, replan)
 
     job.net.at(seconds, replan)
