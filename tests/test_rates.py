@@ -1,7 +1,11 @@
 """Measured contributions per round: coefficients from them are unbiased in time."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torch_qgc.errors import PlanError
 from torch_qgc.job.rates import ArrivalRates
@@ -102,7 +106,7 @@ def test_a_worker_without_prior_gets_weight_once_it_has_come() -> None:
     for _ in range(4):
         rates.update(0, np.array([0]), np.array([True]))
     rates.update(0, np.array([1]), np.array([True]))
-    assert rates.rates(0)[0] == pytest.approx(1 / 5)
+    assert rates.rates(0)[0] == pytest.approx(1 / 5, rel=0.05)  # a little less: nothing has stood for the five rounds
 
 
 @pytest.mark.parametrize("bad", [[1.5], [-0.1], [[0.5]], [float("nan")]])
@@ -119,15 +123,15 @@ def test_a_new_plan_begins_anew_with_the_rates_that_it_changes_and_keeps_the_oth
     assert np.all(learned > 0.9)
     rates.expect(0, np.array([0.5, 0.5, 0.5]), np.array([0.5, 0.25, 0.5]))
     assert rates.rates(0)[0] == learned[0]
-    assert rates.rates(0) == pytest.approx([learned[0], 0.25, learned[2]])
+    assert rates.rates(0) == pytest.approx([learned[0], 0.25, learned[2]], rel=0.1)  # what is owed stays owed
     assert rates.rates(1) == pytest.approx([0.5] * 3)
     rates.expect(0, None, np.array([0.5, 0.8, 0.1]))  # the steps before have waited for all
-    assert rates.rates(0) == pytest.approx([0.5, 0.8, 0.1])
+    assert rates.rates(0) == pytest.approx([0.5, 0.8, 0.1], rel=0.1)
 
 
 @pytest.mark.parametrize("every", [37, 150])
-def test_a_change_of_plan_in_the_middle_of_a_gap_costs_less_than_half_a_gap(every: int) -> None:
-    """A gap that a change falls into is longer than others: if it were counted, it would cost twice as much."""
+def test_changes_of_plan_in_the_middle_of_gaps_cost_nothing(every: int) -> None:
+    """Nothing of a gap that a change falls into is lost, although it is longer than others and not counted as one."""
     rng, truth, runs = np.random.default_rng(4), np.array([1 / 2.5]), []  # gaps of one round, or of seven
     for _ in range(60):
         paid, rates = [], ArrivalRates(truth, 1)
@@ -138,4 +142,51 @@ def test_a_change_of_plan_in_the_middle_of_a_gap_costs_less_than_half_a_gap(ever
             paid.append(count / rates.rates(0)[0] if count else 0.0)
             rates.update(0, np.array([count]), np.array([True]))
         runs.append(float(np.mean(paid)))
-    assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 1.25 / every
+    assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 8 / 6000  # as if no plan had changed
+
+
+plans = st.lists(st.tuples(st.floats(0.02, 1.0), st.integers(1, 60)), min_size=1, max_size=12)
+
+
+@given(plans, st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_every_round_is_stood_for_or_owed_whatever_plans_expect(plans: list[Any], rate: float, seed: int) -> None:
+    rng, rates, paid, rounds, gap = np.random.default_rng(seed), ArrivalRates(np.array([plans[0][0]]), 1), 0.0, 0, 0
+    for before, (after, stretch) in zip([None, *plans], plans):
+        rates.expect(0, None if before is None else np.array([before[0]]), np.array([after]))
+        gap *= before is not None and before[0] == after
+        for _ in range(stretch):
+            alive, count = rng.random() < 0.9, int((rng.random() < rate) * rng.integers(1, 3))
+            paid += count / rates.rates(0)[0]
+            rates.update(0, np.array([count]), np.array([alive or count > 0]))
+            rounds += alive or count > 0
+            gap = 0 if count else gap + alive
+    assert paid + rates.owed[0, 0] + gap == pytest.approx(rounds)
+
+
+@pytest.mark.parametrize("every", [20, 50])
+@pytest.mark.parametrize("expected", [0.3, 0.9])
+def test_plans_that_expect_the_wrong_thing_again_and_again_cost_no_bias(expected: float, every: int) -> None:
+    """Three contributions in five rounds on average, now more and now less: a plan has forgotten them when it ends."""
+    rng, runs = np.random.default_rng(5), []
+    for _ in range(20):
+        rates, paid = ArrivalRates(np.array([expected]), 1), []
+        for step in range(4000):
+            if step % every == 0:
+                rates.expect(0, np.array([0.5]), np.array([expected]))
+            count = int(rng.random() < 0.6 + 0.3 * np.sin(step / 50))
+            paid.append(count / rates.rates(0)[0])
+            rates.update(0, np.array([count]), np.array([True]))
+        runs.append(float(np.mean(paid)))
+    assert abs(np.mean(runs) - 1) < 4 * standard_error(runs) + 30 / 4000  # what is owed at the end
+
+
+def test_what_is_owed_makes_weights_hardly_vary_more() -> None:
+    """Of independent arrivals the weight's variance is (1 - r) / r at least; its mean may be off by a few rounds."""
+    rng = np.random.default_rng(6)
+    for rate in (0.2, 0.5, 0.9):
+        rates, paid = ArrivalRates(np.array([rate]), 1), []
+        for count in (rng.random(20000) < rate).astype(int):
+            paid.append(count / rates.rates(0)[0])
+            rates.update(0, np.array([count]), np.array([True]))
+        assert np.var(paid) < 1.08 * (1 - rate) / rate

@@ -149,6 +149,6 @@ class Match:
             assert aggregator.job is not None
             for member in living:
                 if member.step == aggregator.job.rounds.oldest:
-                    np.testing.assert_array_equal(
-                        member.rates.mean_gap[:, aggregator.job.rounds.chunks], aggregator.job.rounds.rates.mean_gap
-                    )
+                    kept, rounds = member.rates, aggregator.job.rounds
+                    np.testing.assert_array_equal(kept.mean_gap[:, rounds.chunks], rounds.rates.mean_gap)
+                    np.testing.assert_array_equal(kept.owed[:, rounds.chunks], rounds.rates.owed)

@@ -19,7 +19,7 @@ class Oracle:
 
     m_k is the share in the step that Q_k was made for; r_k is one over the mean number of rounds between contributions,
     of which the prior 1 - p_k counts as eight rounds. It begins anew with a plan that changes p_k, and after steps that
-    have waited for all.
+    have waited for all; a 32nd of the rounds that payloads have not stood for so far is added, within factors of two.
 
     Args:
         plan, spec: the job; plans decode without bias and have no second track.
@@ -42,6 +42,7 @@ class Oracle:
         prior = 1.0 - plan.straggle_probs
         self._prior = {chunk: [8.0 * rate for rate in prior] for chunk in range(spec.chunks)}
         self._gap = {chunk: [1.0 / rate for rate in prior] for chunk in range(spec.chunks)}
+        self._owed = {chunk: [0.0] * spec.workers for chunk in range(spec.chunks)}
         self._since = {chunk: [0] * spec.workers for chunk in range(spec.chunks)}
         self._seen = {chunk: [0] * spec.workers for chunk in range(spec.chunks)}
 
@@ -67,7 +68,7 @@ class Oracle:
         total, counts = np.zeros(numel), [0] * self.spec.workers
         for worker, made_for in self._in[chunk]:
             counts[worker] += 1
-            rate = 1.0 if waits else 1.0 / self._gap[chunk][worker]
+            rate = 1.0 if waits else 1.0 / self._stands_for(chunk, worker)
             share = self._at(made_for)[1].shares[worker]
             total += share / rate / living * self._values(worker, made_for, chunk)
         assert counts == list(event.detail["counts"])
@@ -86,14 +87,21 @@ class Oracle:
         old, new = self._at(step - 1)[1].straggle_probs, self._at(step)[1].straggle_probs
         for worker in range(self.spec.workers):
             if self._waits(step - 1) or old[worker] != new[worker]:
+                self._owed[chunk][worker] += self._since[chunk][worker]
                 self._gap[chunk][worker] = 1.0 / (1.0 - new[worker])
                 self._prior[chunk][worker] = 8.0 * (1.0 - new[worker])
                 self._since[chunk][worker] = self._seen[chunk][worker] = 0
+
+    def _stands_for(self, chunk: int, worker: int) -> float:
+        gap = self._gap[chunk][worker]
+        return float(min(max(gap + self._owed[chunk][worker] / 32.0, gap / 2.0), 2.0 * gap))
 
     def _learn(self, chunk: int, counts: list[int], alive: Any) -> None:
         gap, since, seen = self._gap[chunk], self._since[chunk], self._seen[chunk]
         for worker, count in enumerate(counts):
             since[worker] += int(alive[worker])
+            if count:
+                self._owed[chunk][worker] += since[worker] - count * self._stands_for(chunk, worker)
             for _ in range(count):
                 seen[worker] += 1
                 weight = max(1.0 / (self._prior[chunk][worker] + seen[worker]), 1.0 / 128.0)
