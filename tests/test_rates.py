@@ -126,7 +126,7 @@ def test_a_new_plan_begins_anew_with_the_rates_that_it_changes_and_keeps_the_oth
     assert rates.rates(0) == pytest.approx([learned[0], 0.25, learned[2]], rel=0.1)  # what is owed stays owed
     assert rates.rates(1) == pytest.approx([0.5] * 3)
     rates.expect(0, None, np.array([0.5, 0.8, 0.1]))  # the steps before have waited for all
-    assert rates.rates(0) == pytest.approx([0.5, 0.8, 0.1], rel=0.1)
+    assert rates.rates(0) == pytest.approx([0.5, 0.8, 0.1], rel=0.15)
 
 
 @pytest.mark.parametrize("every", [37, 150])
