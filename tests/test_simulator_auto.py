@@ -209,7 +209,7 @@ def test_a_simulated_job_chooses_as_the_real_aggregator(
 
 
 # ------------------------------------------------------------------------------------- a worker becomes slower
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_step_time_is_back_soon_when_a_processor_becomes_slow_and_when_it_recovers(seed: int) -> None:
     """Eight workers, one 5x slower from step 200 to 400. What the others can do for it costs a ninth of a step."""
     slow = Change(of="batch_s", factor=5.0, workers=(2,), start=200, stop=400)
@@ -219,9 +219,9 @@ def test_step_time_is_back_soon_when_a_processor_becomes_slow_and_when_it_recove
     usual_s = took_s[20:200].mean()
     assert took_s[200:205].max() > 2.0 * usual_s  # as long as the deadline lets it
     for first in (200, 400):
-        for settled in range(first + 12, first + 200, 20):
+        for settled in range(first + 30, first + 200, 20):
             assert took_s[settled : min(settled + 20, first + 200)].mean() < 1.2 * usual_s
-    batch_at = [float(rounds.courses.at(step).plan.batches[2]) for step in (199, 212, 399, 470)]
+    batch_at = [float(rounds.courses.at(step).plan.batches[2]) for step in (199, 230, 399, 470)]
     assert batch_at[0] == pytest.approx(1.0, abs=0.15)
     assert max(batch_at[1:3]) < 0.35
     assert batch_at[3] == pytest.approx(1.0, abs=0.15)
@@ -240,21 +240,32 @@ CHANGING = Machines(
 )
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_every_worker_s_payloads_stand_for_all_rounds_of_a_run_with_new_plans(seed: int) -> None:
+    """One worker's speed comes and goes, all pause: plans expect what does not come true, and nothing is lost."""
+    steps, rounds, stood_for = (
+        1000,
+        clock(CHANGING, equal_shares(3, 4, bit_budget=12), every=20, seed=seed),
+        np.zeros(3),
+    )
+    for step in range(steps):
+        outcome = rounds.close(step)
+        assert outcome.rates is not None
+        for contribution in outcome.contributions:
+            stood_for[contribution.worker] += 1.0 / outcome.rates[contribution.worker]
+    # At the end some rounds are owed, or were paid for in advance: less than thirty of a worker that is slow just then.
+    assert stood_for / steps == pytest.approx(np.ones(3), abs=0.03)
+    assert len({(c.deadline_s, tuple(c.plan.batches), tuple(c.plan.bits)) for c in changes(rounds.courses)}) > 20
+
+
 def test_decoding_is_unbiased_over_a_run_with_new_plans() -> None:
     """Batches, bits and deadlines change all the time, payloads come late, and each keeps the share it was made for."""
-    plan = equal_shares(3, 4, bit_budget=12)
     options: dict[str, Any] = dict(delays=CHANGING, deadline_s=None, rule=AUTO, replan_every=20, batch_size=4)
-    errors, plans, steps = [], set(), 400
-    for seed in range(2):
-        decoded, trace = decoded_gradients(plan, seed=seed, steps=steps, **options)
-        assert (trace.contributions > 1).any()
-        # A worker that is late in one round comes twice in another: rounds are independent in blocks only.
-        errors.append(decoded.reshape(-1, 20, decoded.shape[1]).mean(axis=1) - truth(seed))
-        rounds = clock(CHANGING, plan, every=20, seed=seed)
-        closed_at_s(rounds, steps)
-        plans |= {(c.deadline_s, tuple(c.plan.batches), tuple(c.plan.bits)) for c in changes(rounds.courses)}
-    assert len(plans) > 10
-    assert_mean_is(np.concatenate(errors) + truth(0), truth(0))
+    decoded, trace = decoded_gradients(equal_shares(3, 4, bit_budget=12), steps=400, **options)
+    assert (trace.contributions > 1).any()
+    # A worker that is late in one round comes twice in another: rounds are independent in blocks only.
+    runs = decoded.reshape(-1, 20, decoded.shape[1]).mean(axis=1)
+    assert_mean_is(runs, truth(0), slack=20 / 400)
 
 
 def test_a_payload_is_coded_and_weighed_by_the_plan_of_its_step() -> None:
