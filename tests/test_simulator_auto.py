@@ -79,11 +79,11 @@ def test_a_job_whose_plan_never_changes_is_bit_for_bit_that_with_a_fixed_plan(mo
     machines = Machines(workers=4, batch_s=1.0, fixed_s=0.1, jitter=0.01)
     plan = make_plan([0.05] * 4, bits_per_coordinate=4, num_partitions=4)
     rule = ClosingRule(deadline_s=1.5)
-    options: dict[str, Any] = dict(delays=machines, deadline_s=None, rule=rule, batch_size=4, steps=150)
+    options: dict[str, Any] = dict(delays=machines, deadline_s=None, rule=rule, batch_size=4, steps=120)
     expected, fixed = decoded_gradients(plan, replan_every=0, **options)
     assert not looked
     got, watched = decoded_gradients(plan, replan_every=40, **options)
-    assert len(looked) == 4
+    assert len(looked) == 3
     np.testing.assert_array_equal(got, expected)
     for name in ("loss", "virtual_time_s", "bits_sent", "contributions"):
         np.testing.assert_array_equal(getattr(watched, name), getattr(fixed, name))
@@ -160,9 +160,7 @@ class Measured(simulated.Job):
             self._apply(worker)
 
 
-@pytest.mark.parametrize(
-    ("machines", "bits", "downlink_bits"), [(PAUSING, 32, 32), (PAUSING, 4, 8), (LINKED, 4, 32), (LINKED, 8, 8)]
-)
+@pytest.mark.parametrize(("machines", "bits", "downlink_bits"), [(PAUSING, 4, 8), (LINKED, 4, 32), (LINKED, 8, 8)])
 def test_a_simulated_job_chooses_as_the_real_aggregator(
     machines: Machines, bits: int, downlink_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +170,7 @@ def test_a_simulated_job_chooses_as_the_real_aggregator(
     monkeypatch.setattr(NoiseRatio, "update", lambda *args: None)
     # Workers join every open step, as those of tests/helpers/simulated.py do.
     monkeypatch.setattr(Courses, "wait_before_joining_s", lambda *args: 0.0)
-    steps, every, plan = 200, 30, equal_shares(4, bits)
+    steps, every, plan = 150, 30, equal_shares(4, bits)
     demand, source = Demand((NUMEL,), (NUMEL,), downlink_bits, BATCH), DelaySource(machines, 4, 3)
     limits = Limits()
     rule = dict(deadline_s="auto", warmup_steps=3, quorum=2, late="fold", max_staleness=32)
@@ -240,14 +238,10 @@ CHANGING = Machines(
 )
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_every_worker_s_payloads_stand_for_all_rounds_of_a_run_with_new_plans(seed: int) -> None:
+def test_every_worker_s_payloads_stand_for_all_rounds_of_a_run_with_new_plans() -> None:
     """One worker's speed comes and goes, all pause: plans expect what does not come true, and nothing is lost."""
-    steps, rounds, stood_for = (
-        1000,
-        clock(CHANGING, equal_shares(3, 4, bit_budget=12), every=20, seed=seed),
-        np.zeros(3),
-    )
+    steps, stood_for = 1000, np.zeros(3)
+    rounds = clock(CHANGING, equal_shares(3, 4, bit_budget=12), every=20)
     for step in range(steps):
         outcome = rounds.close(step)
         assert outcome.rates is not None
