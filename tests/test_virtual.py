@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.oracle import Oracle
+from helpers.match import Match, Member
 from helpers.replayed import Replay
 from helpers.simulated import make_spec, peer_of, push_all, take
 from helpers.virtual import World, session_for
@@ -20,14 +20,9 @@ from hypothesis import strategies as st
 
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.errors import JobFailed, Refused
-from torch_qgc.job.courses import Courses
-from torch_qgc.job.rates import ArrivalRates
-from torch_qgc.kernels import derive_key, encode
 from torch_qgc.planner import make_plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
-from torch_qgc.worker.connection import Connection
-from torch_qgc.worker.inbox import ClosedRound
 
 PLAN = make_plan([0.1, 0.3, 0.6], bits_per_coordinate=4, noise_ratio=1.0)  # unequal shares, unequal bits
 K, NUMEL = 3, 512 + 300
@@ -37,104 +32,8 @@ def job_spec(**changes: Any) -> JobSpec:
     return make_spec(PLAN, **{"numel": NUMEL, "chunk_numel": 512, **changes})
 
 
-@dataclass
-class Member:
-    """One worker: what it does, and what it has applied.
-
-    Attributes:
-        connection: to the job.
-        applied: the payload bytes and counts of every step, by chunk.
-        rates: measured from results, as a replica does.
-    """
-
-    connection: Connection
-    applied: list[dict[int, bytes]] = field(default_factory=list)
-    counts: list[dict[int, list[int]]] = field(default_factory=list)
-    computed: list[int] = field(default_factory=list)
-    rates: ArrivalRates = field(default_factory=lambda: ArrivalRates(1.0 - PLAN.straggle_probs, 2))
-
-    @property
-    def step(self) -> int:
-        return len(self.applied)
-
-    @property
-    def worker(self) -> int:
-        return self.connection.session.worker
-
-
-class Match:
-    """A job of three members under a virtual clock, its payloads, and the oracle that watches it."""
-
-    def __init__(self, spec: JobSpec, *, inbox_bytes: int = 1 << 20, **world: Any) -> None:
-        self.spec = spec
-        self.payloads: dict[tuple[int, int, int], Any] = {}
-        self.oracle = Oracle(PLAN, spec, lambda *key: self.payloads[key])
-        self.world = World(Aggregator(trace=self.oracle), **world)
-        self.members = [
-            Member(self.world.connect(peer_of(k), session_for(spec, PLAN, k, inbox_bytes=inbox_bytes)))
-            for k in range(K)
-        ]
-
-    def begin(self, member: Member) -> None:
-        member.connection.begin(member.step)
-        member.computed.append(member.step)
-
-    def push(self, member: Member, chunk: int) -> None:
-        step, worker, bits = member.step, member.worker, int(PLAN.bits[member.worker])
-        offset, numel = self.spec.chunk_span(chunk)
-        values = torch.randn(numel, generator=torch.Generator().manual_seed(worker + K * step + 100 * chunk))
-        encoded = encode(values, bits, key=derive_key(self.spec.seed, step, worker), offset=offset)
-        self.payloads[worker, step, chunk] = encoded.to_buffer()
-        member.connection.push(step, chunk, bits, lambda: (encoded.to_buffer(), 0.0, 0.0))
-
-    def take(self, member: Member) -> None:
-        rounds: dict[int, ClosedRound] = {}
-        for result in member.connection.results():
-            assert result.step == member.step
-            assert result.chunk not in rounds
-            rounds[result.chunk] = result
-            if not Courses(self.spec.rule, PLAN, self.spec.first_step).waits_for_all(result.step):
-                member.rates.update(result.chunk, result.counts, result.alive)
-        member.applied.append({chunk: bytes(r.payload) for chunk, r in rounds.items()})
-        member.counts.append({chunk: r.counts.tolist() for chunk, r in rounds.items()})
-
-    def compute(self, member: Member, delay_s: float) -> None:
-        """Begin the open step, send all chunks after a delay, take the result."""
-        self.begin(member)
-        self.world.sleep(delay_s)
-        for chunk in range(self.spec.chunks):
-            self.push(member, chunk)
-        self.take(member)
-
-    def script(self, member: Member, call: Callable[[Member], None]) -> None:
-        def run() -> None:
-            member.connection.join(math.inf)
-            call(member)
-
-        self.world.start(run)
-
-    def run(self, limit_s: float = 1e5) -> None:
-        self.world.run(stop=lambda: self.world.now() > limit_s)
-        assert all(script.done for script in self.world.scripts)
-        assert self.world.now() <= limit_s, "somebody waits forever"
-        assert self.world.aggregator.failed is None
-
-    def check(self, *, gone: Sequence[int] = ()) -> None:
-        """All who are still there have applied the same bytes, which are the sums of what was in the rounds."""
-        living = [member for member in self.members if member.worker not in gone]
-        for member in living:
-            assert member.applied == living[0].applied
-            assert member.counts == living[0].counts
-        for member in self.members:
-            assert member.applied == living[0].applied[: member.step]
-        for step, (applied, counts) in enumerate(zip(living[0].applied, living[0].counts)):
-            for chunk in range(self.spec.chunks):
-                expected = self.oracle.expected[step, chunk]
-                assert counts[chunk] == self.oracle.counts[step, chunk]
-                # Up to three fp32 additions of fp32 coefficients.
-                np.testing.assert_allclose(
-                    np.frombuffer(applied[chunk], np.float32), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
-                )
+def match_of(spec: JobSpec, **options: Any) -> Match:
+    return Match(PLAN, spec, **options)
 
 
 # --- any delays, latencies, rules, and what a network does ------------------------------------------------
@@ -184,7 +83,7 @@ def test_every_worker_applies_the_same_bytes_which_are_the_sums_of_what_was_sent
         def latency_s() -> float:
             return float(rng.uniform(0, weather.latency_s))
 
-        match = Match(job_spec(**rule), inbox_bytes=inbox_bytes, latency_s=latency_s, down=down)
+        match = match_of(job_spec(**rule), inbox_bytes=inbox_bytes, latency_s=latency_s, down=down)
 
         def work(member: Member) -> None:
             worker = member.worker
@@ -211,7 +110,6 @@ def test_every_worker_applies_the_same_bytes_which_are_the_sums_of_what_was_sent
         seen["folded"] += match.world.aggregator.stats["folded"]
         seen["dropped"] += match.world.aggregator.stats["dropped"]
         seen["died"] += match.world.aggregator.stats["lost_workers"]
-        assert_rates_exist_once(match, gone=[] if dies is None else [dies])
         replay = Replay(PLAN, match.spec.rule, chunks=range(match.spec.chunks), log_steps=match.spec.log_steps)
         assert len(replay(match.oracle.events)) == steps * match.spec.chunks
         times_s = [event.time_s for event in match.oracle.events]
@@ -221,15 +119,6 @@ def test_every_worker_applies_the_same_bytes_which_are_the_sums_of_what_was_sent
     assert all(seen[name] > 0 for name in ("lost", "replayed", "folded", "dropped", "died")), seen
 
 
-def assert_rates_exist_once(match: Match, gone: Sequence[int]) -> None:
-    """The estimate that a worker keeps from results is the aggregator's, to the last bit."""
-    job = match.world.aggregator.job
-    assert job is not None
-    for member in match.members:
-        if member.worker not in gone:
-            np.testing.assert_array_equal(member.rates.mean_gap, job.rounds.rates.mean_gap)
-
-
 # --- one race each ----------------------------------------------------------------------------------------
 
 
@@ -237,7 +126,7 @@ def assert_rates_exist_once(match: Match, gone: Sequence[int]) -> None:
 @pytest.mark.parametrize("begins_s", [0.99, 1.0, 1.01])
 def test_a_result_that_closes_the_step_just_when_a_late_worker_begins_it(begins_s: float, latency_s: float) -> None:
     """It computes for nothing, or for the next step if late payloads are folded; it is one step behind nobody."""
-    match = Match(job_spec(deadline_s=1.0), latency_s=latency_s)
+    match = match_of(job_spec(deadline_s=1.0), latency_s=latency_s)
 
     def prompt(member: Member) -> None:
         for _ in range(4):
@@ -261,7 +150,7 @@ def test_a_result_that_closes_the_step_just_when_a_late_worker_begins_it(begins_
 
 @pytest.mark.parametrize(("late", "then"), [("fold", [1, 1, 2]), ("drop", [1, 1, 1])])
 def test_a_push_that_crosses_the_closing_on_its_way_is_folded_or_dropped(late: str, then: list[int]) -> None:
-    match = Match(job_spec(deadline_s=1.0, late=late, awaits="alive"), latency_s=0.2)
+    match = match_of(job_spec(deadline_s=1.0, late=late, awaits="alive"), latency_s=0.2)
 
     def work(member: Member) -> None:
         match.compute(member, 1.1 if member.worker == 2 else 0.1)  # sent before the result comes, too late there
@@ -276,7 +165,7 @@ def test_a_push_that_crosses_the_closing_on_its_way_is_folded_or_dropped(late: s
 
 
 def test_chunks_of_a_payload_may_fall_on_either_side_of_a_closing() -> None:
-    match = Match(job_spec(deadline_s=1.0, late="fold"))
+    match = match_of(job_spec(deadline_s=1.0, late="fold"))
 
     def work(member: Member) -> None:
         match.begin(member)
@@ -294,7 +183,7 @@ def test_chunks_of_a_payload_may_fall_on_either_side_of_a_closing() -> None:
 
 
 def test_a_worker_that_joins_while_a_round_is_under_way_is_in_it() -> None:
-    match = Match(job_spec(deadline_s=1.0))
+    match = match_of(job_spec(deadline_s=1.0))
 
     def late(member: Member) -> None:
         match.world.sleep(0.5)
@@ -311,7 +200,7 @@ def test_a_worker_that_joins_while_a_round_is_under_way_is_in_it() -> None:
 
 
 def test_a_worker_that_never_joins_is_given_up_after_the_join_timeout_and_all_are_told() -> None:
-    match = Match(job_spec(deadline_s=None, join_timeout_s=5.0))
+    match = match_of(job_spec(deadline_s=None, join_timeout_s=5.0))
     for member in match.members[:2]:
         match.script(member, lambda m: match.compute(m, 0.1))
     match.run()
@@ -322,7 +211,7 @@ def test_a_worker_that_never_joins_is_given_up_after_the_join_timeout_and_all_ar
 
 
 def test_a_worker_lost_between_begin_and_push_is_waited_for_no_longer() -> None:
-    match = Match(job_spec(deadline_s=None))
+    match = match_of(job_spec(deadline_s=None))
 
     def vanish(member: Member) -> None:
         match.begin(member)
@@ -339,7 +228,7 @@ def test_a_worker_lost_between_begin_and_push_is_waited_for_no_longer() -> None:
 
 @pytest.mark.parametrize("ahead", [True, False], ids=["others are ahead", "others go on"])
 def test_a_worker_that_leaves_before_the_others_ends_the_job_by_name(ahead: bool) -> None:
-    match = Match(job_spec(deadline_s=1.0), latency_s=0.1)
+    match = match_of(job_spec(deadline_s=1.0), latency_s=0.1)
     told: list[str] = []
 
     def go_on(member: Member) -> None:
@@ -363,7 +252,7 @@ def test_a_worker_that_leaves_before_the_others_ends_the_job_by_name(ahead: bool
 
 
 def test_workers_that_leave_at_the_same_step_are_compared_before_they_go() -> None:
-    match = Match(job_spec(deadline_s=1.0), latency_s=0.1)
+    match = match_of(job_spec(deadline_s=1.0), latency_s=0.1)
 
     def work(member: Member) -> None:
         match.compute(member, 0.1)
@@ -387,7 +276,7 @@ def test_what_was_lost_on_the_way_is_asked_for_until_it_is_there() -> None:
         lost[name] += 1
         return [] if name == "Result" and lost["Result"] % 5 else [0.0]
 
-    match = Match(job_spec(deadline_s=1.0), down=down)
+    match = match_of(job_spec(deadline_s=1.0), down=down)
 
     def work(member: Member) -> None:
         for _ in range(3):
@@ -400,7 +289,7 @@ def test_what_was_lost_on_the_way_is_asked_for_until_it_is_there() -> None:
 
 
 def test_a_step_can_be_awaited_without_taking_part_and_its_clock_is_known() -> None:
-    match = Match(job_spec(deadline_s=1.0, late="drop"), latency_s=0.1)
+    match = match_of(job_spec(deadline_s=1.0, late="drop"), latency_s=0.1)
     waited = []
 
     def watch(member: Member) -> None:
@@ -424,7 +313,7 @@ def test_a_step_can_be_awaited_without_taking_part_and_its_clock_is_known() -> N
 
 
 def test_replicas_compare_their_parameters_and_the_odd_one_out_ends_the_job_by_name() -> None:
-    match = Match(job_spec(deadline_s=None))
+    match = match_of(job_spec(deadline_s=None))
     told = []
 
     def work(member: Member) -> None:
@@ -446,7 +335,7 @@ def test_replicas_compare_their_parameters_and_the_odd_one_out_ends_the_job_by_n
 
 
 def test_a_hash_of_parameters_that_nobody_can_have_is_rejected() -> None:
-    match = Match(job_spec(deadline_s=None))
+    match = match_of(job_spec(deadline_s=None))
 
     def work(member: Member) -> None:
         member.connection.send_hash(1, {"parameters": "early"})
@@ -460,7 +349,7 @@ def test_a_hash_of_parameters_that_nobody_can_have_is_rejected() -> None:
 
 
 def test_a_worker_that_comes_back_after_its_results_are_forgotten_is_refused_with_the_remedy() -> None:
-    match = Match(job_spec(deadline_s=1.0, log_steps=4))
+    match = match_of(job_spec(deadline_s=1.0, log_steps=4))
 
     def vanish(member: Member) -> None:
         match.world.net.disconnect(peer_of(2))

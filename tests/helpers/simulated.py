@@ -131,7 +131,7 @@ class Job:
                 delay_s = self.delay(worker, step)
                 closed = self.world.wait_for(lambda step=step: self.abandon and connection.closed(step), delay_s)
                 if not closed:
-                    push_all(connection, self.plan, step, self.gradients[worker])
+                    push_all(connection, connection.session.courses.at(step).plan, step, self.gradients[worker])
                     self.computed[worker] += 1
             self._apply(worker)
 

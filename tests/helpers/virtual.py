@@ -78,17 +78,70 @@ class Script:
             self.resume()
 
 
+class Together:
+    """Several aggregators of one job, served as one: the connections to all but the first have its number in front."""
+
+    def __init__(self, aggregators: Sequence[Aggregator]) -> None:
+        self._aggregators = aggregators
+
+    def receive(self, peer: bytes, frames: Sequence[Any], now: float) -> None:
+        self._aggregators[aggregator_of(peer)].receive(peer, frames, now)
+
+    def lost(self, peer: bytes, now: float) -> None:
+        self._aggregators[aggregator_of(peer)].lost(peer, now)
+
+    def tick(self, now: float) -> None:
+        for each in self._aggregators:
+            each.tick(now)
+
+    def drain(self) -> list[tuple[bytes, list[Any]]]:
+        return [sent for each in self._aggregators for sent in each.drain()]
+
+    def wakeup_in(self, now: float) -> float:
+        return min(each.wakeup_in(now) for each in self._aggregators)
+
+    @property
+    def finished(self) -> bool:
+        return all(each.finished for each in self._aggregators)
+
+
+class Network(MemoryNetwork):
+    """A network on which a connection that is cut loses what is on its way."""
+
+    def __init__(self, on_send: Callable[[bytes, Sequence[Any]], None]) -> None:
+        super().__init__(on_send)
+        self.cut: set[bytes] = set()
+
+    def deliver(self, time_s: float, peer: bytes, frames: Sequence[Any]) -> None:
+        def arrive() -> None:
+            if peer not in self.cut:
+                self._inbox.append((peer, list(frames)))
+
+        self.at(time_s, arrive)
+
+
+def address(aggregator: int, peer: bytes) -> bytes:
+    """Name a peer's connection to an aggregator."""
+    return b"%d/%s" % (aggregator, peer) if aggregator else peer
+
+
+def aggregator_of(name: bytes) -> int:
+    number, slash, _ = name.partition(b"/")
+    return int(number) if slash else 0
+
+
 class World:
     """An aggregator, its virtual network, and scripts.
 
     Args:
-        aggregator: the one aggregator of the job.
+        aggregator: the one aggregator of the job, or the first.
         latency_s: of every message, either way, or what gives that of the next one. Messages of a connection keep
             their order.
         down: (frames) -> the latencies of what the aggregator sends, one for each time it arrives; they may overtake
             each other, none loses the message. None: as `latency_s` says.
         link: ("up" or "down", peer, frames) -> seconds for which a message occupies the link of a connection, on
             which the next one waits. None: no time at all.
+        others: the job's other aggregators.
     """
 
     def __init__(
@@ -97,12 +150,15 @@ class World:
         latency_s: float | Callable[[], float] = 0.0,
         down: Callable[[Sequence[Any]], Sequence[float]] | None = None,
         link: Callable[[str, bytes, Sequence[Any]], float] | None = None,
+        others: Sequence[Aggregator] = (),
     ) -> None:
-        self.net = MemoryNetwork(self._on_send)
+        self.net = Network(self._on_send)
         self.aggregator = aggregator if aggregator is not None else Aggregator()
+        self.aggregators = [self.aggregator, *others]
         self._latency_s, self._down, self._link = latency_s, down, link
         self._arrives_s: dict[tuple[str, bytes], float] = {}  # when the newest message of a connection arrives
         self.sessions: dict[bytes, Session] = {}
+        self._carriers: dict[bytes, VirtualCarrier] = {}  # by the name of a connection that stands
         self.scripts: list[Script] = []
         self._running: Script | None = None
 
@@ -129,9 +185,21 @@ class World:
         self.wait_for(lambda: False, seconds)
 
     def connect(self, peer: bytes, session: Session) -> Connection:
-        """Connect a session to the aggregator."""
+        """Connect a session to the aggregators."""
         self.sessions[peer] = session
-        return Connection(session, VirtualCarrier(self, peer, session))
+        carrier = VirtualCarrier(self, peer, session)
+        self._carriers |= dict.fromkeys(carrier.names, carrier)
+        return Connection(session, carrier)
+
+    def cut(self, connection: Connection, aggregator: int) -> None:
+        """Cut a connection, with all that is on its way; what is said later goes over a new one."""
+        carrier: Any = connection._carrier
+        old = carrier.names[aggregator]
+        self.net.disconnect(old)
+        self.net.cut.add(old)
+        del self._carriers[old]
+        carrier.names[aggregator] = old + b"'"
+        self._carriers[old + b"'"] = carrier
 
     def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Let time pass until all scripts have ended, or `stop` says so; raise what a script has raised."""
@@ -142,7 +210,8 @@ class World:
             return ended or (stop is not None and stop())
 
         try:
-            serve(self.aggregator, self.net, self.net, stop=over)
+            together: Any = Together(self.aggregators) if len(self.aggregators) > 1 else self.aggregator
+            serve(together, self.net, self.net, stop=over)
         finally:
             for script in self.scripts:
                 script.end()
@@ -150,17 +219,16 @@ class World:
             if script.error is not None:
                 raise script.error
 
-    def _on_send(self, peer: bytes, frames: Sequence[Any]) -> None:
-        session = self.sessions.get(peer)
-        if session is None:
+    def _on_send(self, name: bytes, frames: Sequence[Any]) -> None:
+        if name not in self._carriers:
             return
         times_s = (
-            [self.arrival_s("down", peer, frames)]
+            [self.arrival_s("down", name, frames)]
             if self._down is None
             else [self.now() + s for s in self._down(frames)]
         )
         for time_s in times_s:
-            self.net.at(time_s, lambda: self._receive(session, list(frames)))
+            self.net.at(time_s, lambda: self._receive(name, list(frames)))
 
     def arrival_s(self, way: str, peer: bytes, frames: Sequence[Any]) -> float:
         """Return when a message that is sent now arrives."""
@@ -169,9 +237,10 @@ class World:
         self._arrives_s[way, peer] = max(self.now() + latency_s, self._arrives_s.get((way, peer), 0.0)) + occupied_s
         return self._arrives_s[way, peer]
 
-    def _receive(self, session: Session, frames: list[Any]) -> None:
-        session.receive(0, frames, self.now())
-        self._settle()
+    def _receive(self, name: bytes, frames: list[Any]) -> None:
+        if name in self._carriers:  # else it was cut meanwhile
+            self._carriers[name].session.receive(aggregator_of(name), frames, self.now())
+            self._settle()
 
     def _settle(self) -> None:
         """Let scripts run until all of them wait for something that time has to bring."""
@@ -185,7 +254,8 @@ class VirtualCarrier:
     """Carry a session's messages over the virtual network; see `torch_qgc.worker.connection.Carrier`."""
 
     def __init__(self, world: World, peer: bytes, session: Session) -> None:
-        self._world, self._peer, self._session = world, peer, session
+        self._world, self.session = world, session
+        self.names = [address(aggregator, peer) for aggregator in range(len(session.endpoints))]
 
     def now(self) -> float:
         return self._world.now()
@@ -197,9 +267,9 @@ class VirtualCarrier:
         return self._world.wait_for(condition, timeout_s)
 
     def flush(self) -> None:
-        for _, message in self._session.drain():
-            frames = message()
-            self._world.net.deliver(self._world.arrival_s("up", self._peer, frames), self._peer, frames)
+        for aggregator, message in self.session.drain():
+            frames, name = message(), self.names[aggregator]
+            self._world.net.deliver(self._world.arrival_s("up", name, frames), name, frames)
 
     def close(self) -> None:
         self.flush()

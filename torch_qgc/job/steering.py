@@ -195,7 +195,7 @@ class Steering:
         # So as much of a worker's time counts as the batch's as may be, unless it is late and can make no step.
         late = np.zeros_like(now, dtype=np.bool_) if course.deadline_s is None else own_s + link_s > course.deadline_s
         per_batch = np.where(late & chosen(per_batch).asynchronous, per_batch, np.minimum(most, own_s / now))
-        batches = np.array(plan.batches)
+        batches = np.ones(plan.num_workers)  # who is gone had perhaps fewer: the mean stays 1, and it may come back
         # Samples come in whole ones.
         batches[alive] = apportion(chosen(per_batch).batches, size, min(size, LEAST_SAMPLES)) / size
         return batches if _far(batches, plan.batches) else plan.batches
