@@ -83,7 +83,7 @@ class Fleet:
             push = Push(self.step, 0, int(bits[worker]), 0.0, 0.0, spent_s=own_s - outside_s)
             timed = self.watch.push(worker, push, self.now + own_s - outside_s + link_s)
             assert timed is not None
-            self.steering.note(worker, timed, nbytes)
+            self.steering.note(worker, timed, int(bits[worker]))
             times[worker] = own_s + link_s
         self.took_s.append(max(times.values()))
         self.now += self.took_s[-1]
