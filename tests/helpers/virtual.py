@@ -17,7 +17,7 @@ from torch_qgc.aggregator.process import serve
 from torch_qgc.job.courses import Courses
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
-from torch_qgc.protocol.transport import MemoryNetwork
+from torch_qgc.protocol.transport import MemoryNetwork, Peer
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.session import Session
 
@@ -96,13 +96,13 @@ class World:
         aggregator: Aggregator | None = None,
         latency_s: float | Callable[[], float] = 0.0,
         down: Callable[[Sequence[Any]], Sequence[float]] | None = None,
-        link: Callable[[str, bytes, Sequence[Any]], float] | None = None,
+        link: Callable[[str, Peer, Sequence[Any]], float] | None = None,
     ) -> None:
         self.net = MemoryNetwork(self._on_send)
         self.aggregator = aggregator if aggregator is not None else Aggregator()
         self._latency_s, self._down, self._link = latency_s, down, link
-        self._arrives_s: dict[tuple[str, bytes], float] = {}  # when the newest message of a connection arrives
-        self.sessions: dict[bytes, Session] = {}
+        self._arrives_s: dict[tuple[str, Peer], float] = {}  # when the newest message of a connection arrives
+        self.sessions: dict[Peer, Session] = {}
         self.scripts: list[Script] = []
         self._running: Script | None = None
 
@@ -128,7 +128,7 @@ class World:
         """Let time pass in a script."""
         self.wait_for(lambda: False, seconds)
 
-    def connect(self, peer: bytes, session: Session) -> Connection:
+    def connect(self, peer: Peer, session: Session) -> Connection:
         """Connect a session to the aggregator."""
         self.sessions[peer] = session
         return Connection(session, VirtualCarrier(self, peer, session))
@@ -150,7 +150,7 @@ class World:
             if script.error is not None:
                 raise script.error
 
-    def _on_send(self, peer: bytes, frames: Sequence[Any]) -> None:
+    def _on_send(self, peer: Peer, frames: Sequence[Any]) -> None:
         session = self.sessions.get(peer)
         if session is None:
             return
@@ -162,7 +162,7 @@ class World:
         for time_s in times_s:
             self.net.at(time_s, lambda: self._receive(session, list(frames)))
 
-    def arrival_s(self, way: str, peer: bytes, frames: Sequence[Any]) -> float:
+    def arrival_s(self, way: str, peer: Peer, frames: Sequence[Any]) -> float:
         """Return when a message that is sent now arrives."""
         latency_s = self._latency_s() if callable(self._latency_s) else self._latency_s
         occupied_s = 0.0 if self._link is None else self._link(way, peer, frames)
@@ -184,7 +184,7 @@ class World:
 class VirtualCarrier:
     """Carry a session's messages over the virtual network; see `torch_qgc.worker.connection.Carrier`."""
 
-    def __init__(self, world: World, peer: bytes, session: Session) -> None:
+    def __init__(self, world: World, peer: Peer, session: Session) -> None:
         self._world, self._peer, self._session = world, peer, session
 
     def now(self) -> float:
