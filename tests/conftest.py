@@ -1,10 +1,15 @@
 """Let tests import the modules of examples and benchmarks, fork ranks whatever ran before, and depend on no clock."""
 
+import os
 import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
+from helpers.keys import SECRET
+
+from torch_qgc.protocol.identity import KEY_FILE_VARIABLE
 
 # No test depends on how fast the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -18,3 +23,12 @@ sys.path.append(str(ROOT / "benchmarks"))
 # in forks from then on. `torch.library.opcheck` registers a device that does not exist: count before it does.
 if not torch.cuda.is_available():
     torch.ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Let all processes find the key of `helpers.ranks.aggregators`."""
+    path = tmp_path_factory.mktemp("keys") / "job.key"
+    SECRET.save(path)
+    os.environ[KEY_FILE_VARIABLE] = str(path)
+    return path

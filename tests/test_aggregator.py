@@ -22,6 +22,7 @@ from torch_qgc.kernels.buffers import Payload
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.transport import Peer
 
 # Unequal in every respect: lateness, bits (chosen by the planner), and gradients.
 PROBS = [0.05, 0.2, 0.35, 0.6]
@@ -308,12 +309,12 @@ class Talk:
     def __init__(self, plan: Plan, spec: JobSpec) -> None:
         self.aggregator, self.plan, self.spec = Aggregator(), plan, spec
 
-    def say(self, peer: bytes, message: messages.FromWorker | bytes, *rest: Any) -> list[messages.FromAggregator]:
+    def say(self, peer: Peer, message: messages.FromWorker | bytes, *rest: Any) -> list[messages.FromAggregator]:
         header = message if isinstance(message, bytes) else messages.encode_message(message)
         self.aggregator.receive(peer, [header, *rest], now=0.0)
         return [messages.decode_from_aggregator(f[0]) for p, f in self.aggregator.drain() if p == peer]
 
-    def join(self, worker: int, peer: bytes | None = None, **changes: Any) -> list[messages.FromAggregator]:
+    def join(self, worker: int, peer: Peer | None = None, **changes: Any) -> list[messages.FromAggregator]:
         spec = make_spec(self.plan, **changes) if changes else self.spec
         hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=worker, step=0, spec=spec)
         return self.say(peer or peer_of(worker), hello, *([self.plan.to_json().encode()] if worker == 0 else []))
@@ -353,6 +354,19 @@ def test_a_worker_of_another_job_is_refused_by_name(talk: Talk, changes: dict[st
     assert isinstance(talk.join(2)[0], messages.Welcome)  # the job goes on
 
 
+def test_an_aggregator_that_is_told_what_the_job_is_hears_it_from_no_worker() -> None:
+    plan = simple_plan(2)
+    talk = Talk(plan, make_spec(plan))
+    talk.aggregator = Aggregator(told=True)
+    assert talk.join(1) == []
+    assert talk.join(0, seed=5) == []  # a job of its own
+    talk.aggregator.announce(talk.spec, plan, now=0.0)
+    answers = {peer: messages.decode_from_aggregator(frames[0]) for peer, frames in talk.aggregator.drain()}
+    assert isinstance(answers[peer_of(1)], messages.Welcome)
+    assert isinstance(answers[peer_of(0)], messages.Refusal)
+    assert isinstance(talk.join(0)[0], messages.Welcome)
+
+
 def test_workers_may_come_before_worker_zero() -> None:
     plan = simple_plan(4)
     talk = Talk(plan, make_spec(plan))
@@ -369,7 +383,7 @@ def test_workers_may_come_before_worker_zero() -> None:
 
 
 def test_a_duplicate_worker_is_refused(talk: Talk) -> None:
-    (answer,) = talk.join(1, peer=b"another")
+    (answer,) = talk.join(1, peer=peer_of(1, b"another"))
     assert isinstance(answer, messages.Refusal)
     assert "already in this job" in answer.text
 
@@ -382,7 +396,7 @@ def test_a_worker_number_out_of_range_is_refused(talk: Talk) -> None:
 
 def test_another_protocol_version_is_refused(talk: Talk) -> None:
     hello = messages.Hello(version=99, worker=2, step=0, spec=talk.spec)
-    (answer,) = talk.say(b"old", hello)
+    (answer,) = talk.say(peer_of(2), hello)
     assert isinstance(answer, messages.Refusal)
     assert "same version of torch_qgc" in answer.text
 
@@ -392,7 +406,7 @@ def test_worker_zero_without_a_valid_plan_is_refused() -> None:
     talk = Talk(plan, make_spec(plan))
     hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=0, step=0, spec=talk.spec)
     for rest in ([], [b"no json"], [b"{}"], [make_plan([0.1] * 4).to_json().encode()]):
-        (answer,) = talk.say(b"w", hello, *rest)
+        (answer,) = talk.say(peer_of(0), hello, *rest)
         assert isinstance(answer, messages.Refusal), rest
         assert "plan" in answer.text
     assert isinstance(talk.join(0)[0], messages.Welcome)
@@ -429,8 +443,8 @@ def test_beginning_a_step_of_the_future_is_rejected(talk: Talk) -> None:
     assert isinstance(answer, messages.Rejected)
 
 
-def test_a_stranger_is_asked_to_introduce_itself(talk: Talk) -> None:
-    (answer,) = talk.say(b"stranger", messages.Begin(0))
+def test_a_new_connection_is_asked_to_introduce_itself(talk: Talk) -> None:
+    (answer,) = talk.say(peer_of(1, b"another"), messages.Begin(0))
     assert isinstance(answer, messages.Introduce)
 
 
@@ -441,7 +455,7 @@ def test_garbage_never_crashes_the_aggregator(data: bytes, rest: list[bytes], me
     talk = Talk(plan, make_spec(plan))
     talk.join(0)
     talk.join(1)
-    talk.say(peer_of(0) if member else b"stranger", data, *rest)
+    talk.say(peer_of(0) if member else peer_of(1, b"another"), data, *rest)
     assert talk.aggregator.failed is None
     assert talk.push(0) == []  # the job goes on
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.keys import door
 from typer.testing import CliRunner, Result
 
 from torch_qgc import cli, schemes
@@ -19,6 +20,8 @@ from torch_qgc.cli.app import app
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.planner.cadence import JobRounds
 from torch_qgc.planner.delays import Empirical
+from torch_qgc.protocol.contract import MOST_WORKERS
+from torch_qgc.protocol.identity import KEY_FILE_VARIABLE, Secret
 
 LATE = [0.05, 0.1, 0.3, 0.4]
 GIVEN = ["plan", "--straggle-probs", "0.05,0.1,0.3,0.4"]
@@ -198,27 +201,42 @@ def test_aggregator_runs_until_it_is_told_to_stop() -> None:
 
 def test_aggregator_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch_qgc.aggregator import process
+    from torch_qgc.protocol.server import Bounds
 
     seen: list[Any] = []
     monkeypatch.setattr(process, "run", lambda serving: seen.append(serving) or 0)
     options = ["--bind", "tcp://0.0.0.0:7000", "--index", "1", "--count", "3", "--threads", "2"]
-    options += ["--max-message-mib", "8", "--insecure", "--trace", "events.jsonl"]
+    options += ["--max-message-mib", "8", "--no-encrypt", "--trace", "events.jsonl"]
     assert qgc("aggregator", *options).exit_code == 0
     assert seen == [
         process.Serving(
+            door=door(1, MOST_WORKERS, encrypt=False),
             bind="tcp://0.0.0.0:7000",
             index=1,
             count=3,
             threads=2,
-            max_message_mib=8,
-            insecure=True,
+            bounds=Bounds(message_bytes=8 << 20),
             trace="events.jsonl",
         )
     ]
 
 
+def test_keygen_makes_a_key_once(tmp_path: Path) -> None:
+    path = tmp_path / "job.key"
+    assert qgc("keygen", str(path)).exit_code == 0
+    made = Secret.load(path)
+    refused(qgc("keygen", str(path)), "is not there")
+    assert Secret.load(path) == made
+
+
+def test_an_aggregator_on_its_own_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(KEY_FILE_VARIABLE)
+    refused(qgc("aggregator"), "qgc keygen FILE")
+    refused(qgc("aggregator", "--key-file", str(tmp_path / "none")), "cannot be read")
+
+
 def test_aggregator_refuses_what_cannot_be() -> None:
-    assert qgc("aggregator", "--bind", "tcp://0.0.0.0:7000").exit_code == 2
+    assert qgc("aggregator", "--bind", "ipc:///socket").exit_code == 2
     assert qgc("aggregator", "--index", "2", "--count", "2").exit_code == 2
     assert qgc("aggregator", "--threads", "0").exit_code == 2
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.pumped import Pump
 from helpers.ranks import run_ranks
-from helpers.simulated import RULE, make_spec, push_all, simple_plan, take
+from helpers.simulated import RULE, make_spec, peer_of, push_all, simple_plan, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
@@ -130,7 +130,7 @@ def test_an_aggregator_refuses_what_a_worker_would_have_refused_to_send() -> Non
             header = messages.encode_message(hello)
         except (TypeError, OverflowError):  # numpy's numbers, or beyond 64 bits: cannot even be written
             return
-        aggregator.receive(b"0", [header, plan.to_json().encode()], 0.0)
+        aggregator.receive(peer_of(0), [header, plan.to_json().encode()], 0.0)
         answer = messages.decode_from_aggregator(aggregator.drain()[0][1][0])
         if refused(plan, spec) is None:
             seen["accepted"] += 1

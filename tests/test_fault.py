@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from helpers.keys import passes
 from helpers.ranks import aggregators
 from helpers.simulated import Job, make_spec, peer_of, push_all, simple_plan, take
 from helpers.virtual import World, session_for
@@ -21,7 +22,7 @@ from torch_qgc.job.courses import Courses
 from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
-from torch_qgc.protocol.transport import MemoryNetwork, Sent
+from torch_qgc.protocol.transport import MemoryNetwork, Peer, Sent
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.session import Session
 from torch_qgc.worker.sockets import SocketCarrier
@@ -33,7 +34,7 @@ JOIN_S = 100.0  # a busy machine is no reason to fail
 def connect(endpoints: Sequence[str], spec: JobSpec, worker: int) -> Connection:
     plan = simple_plan(spec.workers)
     session = Session(endpoints, spec, worker, Courses(spec.rule, plan, spec.first_step))
-    return Connection(session, SocketCarrier(session))
+    return Connection(session, SocketCarrier(session, passes(worker, len(endpoints))))
 
 
 def fork_and_fail(endpoints: Sequence[str], spec: JobSpec) -> int:
@@ -189,7 +190,7 @@ class HangingUp(MemoryNetwork):
         super().__init__()
         self._goodbye = goodbye
 
-    def send(self, peer: bytes, frames: Sequence[object]) -> Sent:
+    def send(self, peer: Peer, frames: Sequence[object]) -> Sent:
         if peer == peer_of(1) and self.now() >= 5.0:
             self.deliver(self.now(), peer, self._goodbye)
             return Sent.GONE

@@ -346,7 +346,9 @@ def refusals(rank: int) -> dict[str, str]:
     attempt("deadline", lambda: qgc.QGCState(ddp, deadline_s=-1))
     attempt("workers", lambda: qgc.QGCState(ddp, plan=qgc.make_plan([0.1] * 3)))
     attempt("both", lambda: qgc.QGCState(ddp, plan=qgc.make_plan([0.1] * 2), straggle_probs=[0.1] * 2))
-    attempt("host", lambda: qgc.QGCState(ddp, network=qgc.Network(host="0.0.0.0")))
+    attempt("host", lambda: qgc.QGCState(ddp, network=qgc.Network(host="")))
+    nowhere = ("tcp://127.0.0.1:1",)
+    attempt("key", lambda: qgc.QGCState(ddp, network=qgc.Network(endpoints=nowhere, key_file="/no/file")))
     attempt("aggregators", lambda: qgc.QGCState(ddp, aggregators=9))
     return said
 
@@ -358,7 +360,8 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
         "deadline": "None to wait for all",
         "workers": "one straggle probability per rank",
         "both": "already holds them",
-        "host": "insecure=True",
+        "host": "tcp://host:port",
+        "key": "qgc keygen FILE",
         "aggregators": "at most one per chunk",
     }
     for said in run_ranks(refusals, ranks=2):

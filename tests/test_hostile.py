@@ -25,6 +25,7 @@ from torch_qgc.kernels import derive_key, encode, payload_bytes
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.transport import Peer
 
 K, STEPS = 3, 4
 PLAN = make_plan([0.1, 0.2, 0.3], bits_per_coordinate=4)
@@ -32,7 +33,7 @@ SPEC = make_spec(
     PLAN, numel=700, chunk_numel=512, deadline_s=1.0, late="fold", max_staleness=2, log_steps=8, replan_every=50
 )
 BITS = int(PLAN.bits[2])
-HOSTILE, STRANGERS = peer_of(2), [b"stranger", b"another"]
+HOSTILE, NOT_IN = peer_of(2), [peer_of(1, b"another"), peer_of(7)]  # these are not in
 
 # --- what can be said -------------------------------------------------------------------------------------
 
@@ -178,9 +179,9 @@ class Honest:
         self.payloads: dict[tuple[int, int, int], Any] = {}
         self.oracle = Oracle(PLAN, SPEC, lambda *key: self.payloads[key])
         self.aggregator = Aggregator(trace=self._trace)
-        self.got: dict[bytes, list[Any]] = {peer_of(k): [] for k in range(2)}
+        self.got: dict[Peer, list[Any]] = {peer_of(k): [] for k in range(2)}
         self.now = 0.0
-        self.sent: dict[bytes, int] = {}  # messages to others since the last look
+        self.sent: dict[Peer, int] = {}  # messages to others since the last look
 
     def _trace(self, event: Event) -> None:
         if event.name == "arrive":
@@ -191,7 +192,7 @@ class Honest:
         if self.aggregator.job is None or self.aggregator.job.spec == SPEC:
             self.oracle(event)
 
-    def say(self, peer: bytes, frames: list[Any]) -> None:
+    def say(self, peer: Peer, frames: list[Any]) -> None:
         self.pushed = frames[-1]
         self.aggregator.receive(peer, frames, self.now)
         self.look()
@@ -271,13 +272,13 @@ def was_decoded(frames: list[bytes]) -> bool:
 # --- laws -------------------------------------------------------------------------------------------------
 
 
-def test_strangers_change_no_byte_of_what_the_members_get() -> None:
+def test_connections_that_are_not_in_change_no_byte_of_what_the_members_get() -> None:
     expected = alone()
     seen: Counter[str] = Counter()
 
-    @given(st.lists(st.tuples(st.sampled_from(STRANGERS), harmless | endings), min_size=1, max_size=STEPS * 3))
+    @given(st.lists(st.tuples(st.sampled_from(NOT_IN), harmless | endings), min_size=1, max_size=STEPS * 3))
     @settings(max_examples=80, deadline=None)
-    def attack(attacks: list[tuple[bytes, list[bytes]]]) -> None:
+    def attack(attacks: list[tuple[Peer, list[bytes]]]) -> None:
         honest = Honest()
         honest.join()
         honest.say(HOSTILE, hello_of_worker_2())
@@ -286,10 +287,10 @@ def test_strangers_change_no_byte_of_what_the_members_get() -> None:
                 count(seen, frames)
                 honest.sent.clear()
                 honest.say(peer, frames)
-                assert sum(honest.sent.get(p, 0) for p in STRANGERS) <= 1  # one word, one answer
+                assert sum(honest.sent.get(p, 0) for p in NOT_IN) <= 1  # one word, one answer
                 assert_bounded(honest.aggregator)
             honest.step(step)
-        for peer in STRANGERS:
+        for peer in NOT_IN:
             honest.aggregator.lost(peer, honest.now)
         assert honest.results(0) == expected
         assert honest.results(1) == expected
@@ -338,11 +339,11 @@ def test_a_member_that_means_harm_can_only_send_its_own_gradient() -> None:
 def test_before_the_job_nothing_escapes_and_the_lobby_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lobby, "MOST_WAITING", 3)
     seen: Counter[str] = Counter()
-    peers = [b"peer-%d" % n for n in range(6)]
+    peers = [peer_of(n % 4, b"connection %d" % n) for n in range(6)]
 
     @given(st.lists(st.tuples(st.sampled_from(peers), hellos(plans()) | harmless | endings), min_size=1, max_size=12))
     @settings(max_examples=100, deadline=None)
-    def attack(attacks: list[tuple[bytes, list[bytes]]]) -> None:
+    def attack(attacks: list[tuple[Peer, list[bytes]]]) -> None:
         honest = Honest()
         for peer, frames in attacks:
             count(seen, frames)
@@ -407,7 +408,7 @@ def test_any_plan_is_answered(plan: bytes) -> None:
         digest = SPEC.plan_digest
     spec = msgspec.structs.replace(SPEC, plan_digest=digest)
     hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=0, step=0, spec=spec)
-    aggregator.receive(b"0", [messages.encode_message(hello), plan], 0.0)
+    aggregator.receive(peer_of(0), [messages.encode_message(hello), plan], 0.0)
     ((_, frames),) = aggregator.drain()
     answer = messages.decode_from_aggregator(frames[0])
     event(type(answer).__name__)
@@ -431,7 +432,7 @@ def test_any_text_of_an_error_fits_into_a_message(text: str) -> None:
 def announce(spec: JobSpec, plan: Plan, index: int = 0) -> tuple[Aggregator, messages.FromAggregator]:
     aggregator = Aggregator(index, spec.aggregators)
     hello = messages.Hello(version=messages.PROTOCOL_VERSION, worker=0, step=0, spec=spec)
-    aggregator.receive(b"x", [messages.encode_message(hello), plan.to_json().encode()], 0.0)
+    aggregator.receive(peer_of(0), [messages.encode_message(hello), plan.to_json().encode()], 0.0)
     ((_, frames),) = aggregator.drain()
     return aggregator, messages.decode_from_aggregator(frames[0])
 

@@ -32,14 +32,13 @@ class Line(Pump):
     def aggregator(self) -> Aggregator:
         return self.aggregators[0]
 
-    def cut(self, *, noticed: bool) -> bytes:
-        """Cut worker 1's connection, with all that is on its way; return the name of its next one."""
+    def cut(self, *, noticed: bool) -> None:
+        """Cut worker 1's connection, with all that is on its way; it has another one then."""
         session = self.sessions.pop(peer_of(1))
         session.drain()
         if noticed:
             self.aggregator.lost(peer_of(1), self.time_s)
-        self.sessions[b"again"] = session
-        return b"again"
+        self.sessions[peer_of(1, b"again")] = session
 
 
 def test_two_messages_on_a_new_connection_are_asked_for_one_introduction_and_answered_with_two() -> None:
@@ -114,10 +113,10 @@ def test_a_worker_that_stays_refused_ends_with_the_reason() -> None:
 
 def test_a_worker_that_was_never_in_is_refused_at_once() -> None:
     line = Line()
-    line.sessions[b"thief"] = line.connect(line.workers[0].spec, PLAN, 1).session
+    line.sessions[peer_of(1, b"thief")] = line.connect(line.workers[0].spec, PLAN, 1).session
     line.sessions[peer_of(1)] = line.workers[1].session
     line.pump()
-    assert isinstance(line.sessions[b"thief"].error, Refused)
+    assert isinstance(line.sessions[peer_of(1, b"thief")].error, Refused)
     assert line.workers[1].session.error is None
 
 

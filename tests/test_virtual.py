@@ -354,7 +354,7 @@ def test_a_worker_that_comes_back_after_its_results_are_forgotten_is_refused_wit
     def vanish(member: Member) -> None:
         match.world.net.disconnect(peer_of(2))
         match.world.sleep(20.0)
-        again = match.world.connect(b"again", session_for(match.spec, PLAN, 2))
+        again = match.world.connect(peer_of(2, b"again"), session_for(match.spec, PLAN, 2))
         with pytest.raises(
             Refused, match=r"needs the results from step 0 on, the log starts at \d+: load a checkpoint"
         ):
@@ -421,6 +421,6 @@ def test_a_job_begins_where_its_checkpoint_was_taken() -> None:
     assert counts == [[1, 1, 0]] * (2 * 3 * 2)
     early = session_for(spec, PLAN, 2, first_step=999)
     for _, frames in early.drain():
-        aggregator.receive(b"early", frames(), world.now())
-    ((_, answer),) = [(peer, frames) for peer, frames in aggregator.drain() if peer == b"early"]
+        aggregator.receive(peer_of(2, b"early"), frames(), world.now())
+    ((_, answer),) = [(peer, frames) for peer, frames in aggregator.drain() if peer == peer_of(2, b"early")]
     assert isinstance(messages.decode_from_aggregator(answer[0]), messages.Refusal)

@@ -105,7 +105,7 @@ def assert_aggregator_is_seen(events: list[Event]) -> None:
 def test_rejections_and_failures_are_events_too() -> None:
     events: list[Event] = []
     aggregator = Aggregator(trace=events.append)
-    aggregator.receive(b"stranger", [b"\xc1"], 3.0)
+    aggregator.receive(peer_of(1), [b"\xc1"], 3.0)
     aggregator.fail("no job, nothing to end", 4.0)
     (event,) = events
     assert (event.time_s, event.name, event.worker) == (3.0, "reject", None)
@@ -118,7 +118,7 @@ def test_rejections_and_failures_are_events_too() -> None:
 def test_both_ends_say_in_one_line_where_they_are() -> None:
     plan = simple_plan(2)
     aggregator = Aggregator()
-    assert repr(aggregator) == "Aggregator(0 of 1, waits for worker 0, Lobby(0 workers in, 0 waiting), None)"
+    assert repr(aggregator) == "Aggregator(0 of 1, waits to hear what the job is, Lobby(0 workers in, 0 waiting), None)"
     session = Session(["a", "b"], make_spec(plan), 1, Courses(make_spec(plan).rule, plan), first_step=7)
     assert repr(Connection(session, None)) == (  # type: ignore[arg-type]
         "Connection(Session(worker 1, joining, let in by 0 of 2 aggregators, Inbox(step 7, 0 steps held, 0 bytes "

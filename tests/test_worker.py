@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import threading
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-import zmq
+from helpers.keys import door
 from helpers.ranks import PATIENCE_S
+from helpers.served import connect, job
 from helpers.simulated import make_spec, push_all, simple_plan, take
 
-from torch_qgc.aggregator.aggregator import Aggregator
-from torch_qgc.aggregator.process import AggregatorProcess, check_bind, serve
-from torch_qgc.errors import ConfigError, JobFailed, Refused
-from torch_qgc.job.courses import Courses
-from torch_qgc.planner import Plan
-from torch_qgc.protocol import messages
-from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
-from torch_qgc.worker.connection import Connection
-from torch_qgc.worker.session import Session
-from torch_qgc.worker.sockets import SocketCarrier
+from torch_qgc.aggregator.process import AggregatorProcess, Serving
+from torch_qgc.errors import JobFailed, Refused
 
-
-class Served:
-    """S aggregators in threads of this process."""
-
-    def __init__(self, count: int = 1, *, max_message_bytes: int = 64 << 20, ping_interval_s: float = 0.05) -> None:
-        self.servers = [ZmqServer("tcp://127.0.0.1:*", max_message_bytes=max_message_bytes) for _ in range(count)]
-        self.aggregators = [Aggregator(index, count, ping_interval_s=ping_interval_s) for index in range(count)]
-        self.endpoints = [server.endpoint for server in self.servers]
-        self._stop = False
-        self._threads = [threading.Thread(target=self._run, args=pair) for pair in zip(self.aggregators, self.servers)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, aggregator: Aggregator, server: ZmqServer) -> None:
-        serve(aggregator, server, MonotonicClock(), stop=lambda: self._stop)
-
-    def close(self) -> None:
-        self._stop = True
-        for thread in self._threads:
-            thread.join()
-        for server in self.servers:
-            server.close()
-
-
-def connect(endpoints: list[str], spec: Any, worker: int, plan: Plan, **options: Any) -> Connection:
-    session = Session(endpoints, spec, worker, Courses(spec.rule, plan, spec.first_step), **options)
-    return Connection(session, SocketCarrier(session))
-
-
-@contextlib.contextmanager
-def job(
-    workers: int = 2, count: int = 1, inbox_bytes: int = 1 << 30, **spec: Any
-) -> Iterator[tuple[Served, list[Connection], Plan]]:
-    plan = simple_plan(workers, bits_per_coordinate=spec.pop("bits_per_coordinate", 4))
-    served = Served(count)
-    made = make_spec(plan, aggregators=count, **spec)
-    members = [connect(served.endpoints, made, k, plan, inbox_bytes=inbox_bytes) for k in range(workers)]
-    try:
-        for member in members:
-            member.join(PATIENCE_S)
-        yield served, members, plan
-    finally:
-        for member in members:
-            member.close()
-        served.close()
+SERVING = Serving(door=door(), bind="tcp://127.0.0.31:*")  # where no other program picks its ports
 
 
 @pytest.mark.parametrize(("count", "downlink_bits"), [(1, 32), (3, 8)])
@@ -143,72 +88,15 @@ def test_a_silent_aggregator_is_noticed() -> None:
         worker.close()
 
 
-# --- bad input on the port --------------------------------------------------------------------------------
-
-
-def raw_dealer(endpoint: str) -> tuple[zmq.Context[Any], zmq.Socket[Any]]:
-    context: zmq.Context[Any] = zmq.Context()
-    dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.LINGER, 0)
-    dealer.connect(endpoint)
-    return context, dealer
-
-
-def test_garbage_on_the_port_does_not_disturb_the_job() -> None:
-    with job(2, deadline_s=None) as (served, workers, plan):
-        host, port = served.endpoints[0].removeprefix("tcp://").split(":")
-        for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 5000, b"\x00"):
-            with socket.create_connection((host, int(port))) as tcp, contextlib.suppress(OSError):
-                tcp.sendall(garbage)
-        context, dealer = raw_dealer(served.endpoints[0])
-        for message in (
-            [b"\xc1garbage"],
-            [b"", b"", b""],
-            [b"x" * 100_000],
-            [messages.encode_message(messages.Begin(0))],
-        ):
-            dealer.send_multipart(message)
-        answers = []
-        while len(answers) < 4:
-            assert dealer.poll(int(1000 * PATIENCE_S))
-            answers.append(messages.decode_from_aggregator(dealer.recv_multipart()[0]))
-        assert [type(a).__name__ for a in answers] == ["Rejected", "Rejected", "Rejected", "Introduce"]
-        assert all("another program" in a.text for a in answers[:3] if isinstance(a, messages.Rejected))
-        context.destroy(linger=0)
-        for worker in workers:
-            worker.begin(0)
-            push_all(worker, plan, 0, torch.ones(512))
-        assert torch.allclose(take(workers[0]), torch.ones(512))
-
-
-def test_an_oversized_message_is_cut_off_before_it_is_read() -> None:
-    plan = simple_plan(2)
-    served = Served(max_message_bytes=1 << 20)
-    spec = make_spec(plan, deadline_s=None)
-    workers = [connect(served.endpoints, spec, k, plan) for k in range(2)]
-    for worker in workers:
-        worker.join(PATIENCE_S)
-    context, dealer = raw_dealer(served.endpoints[0])
-    for _ in range(20):
-        dealer.send(bytes(8 << 20))
-    for worker in workers:
-        worker.begin(0)
-        push_all(worker, plan, 0, torch.ones(512))
-    take(workers[0])
-    context.destroy(linger=0)
-    assert served.aggregators[0].stats["bad_messages"] == 0  # none of it reached the aggregator
-    for worker in workers:
-        worker.close()
-    served.close()
-
-
 # --- the process ------------------------------------------------------------------------------------------
 
 
 def test_the_aggregator_process_ends_with_the_job_and_frees_its_port() -> None:
-    process = AggregatorProcess("127.0.0.31")  # where no other program picks its ports
+    process = AggregatorProcess(SERVING)
     plan = simple_plan(1)
-    worker = connect([process.endpoint], make_spec(plan, deadline_s=None), 0, plan)
+    spec = make_spec(plan, deadline_s=None)
+    worker = connect([process.endpoint], spec, 0, plan)
+    process.announce(spec, plan)
     worker.join(PATIENCE_S)
     worker.begin(0)
     push_all(worker, plan, 0, torch.ones(512))
@@ -223,8 +111,9 @@ def test_the_aggregator_process_ends_with_the_job_and_frees_its_port() -> None:
 
 
 def test_the_aggregator_process_stops_and_tells_when_its_parent_lets_go() -> None:
-    process = AggregatorProcess("127.0.0.31")  # where no other program picks its ports
+    process = AggregatorProcess(SERVING)
     plan = simple_plan(1)
+    process.announce(make_spec(plan), plan)
     worker = connect([process.endpoint], make_spec(plan), 0, plan)
     worker.join(PATIENCE_S)
     process._process.stdin.close()  # as the end of rank 0 would
@@ -233,12 +122,6 @@ def test_the_aggregator_process_stops_and_tells_when_its_parent_lets_go() -> Non
     worker.close()
     assert process._process.wait() == 1
     process.stop()
-
-
-@pytest.mark.parametrize("bind", ["tcp://0.0.0.0:*", "tcp://192.0.2.7:5555", "ipc:///socket", "5555"])
-def test_only_loopback_is_bound_without_a_word(bind: str) -> None:
-    with pytest.raises(ConfigError, match="bind"):
-        check_bind(bind, insecure=False)
 
 
 def test_results_account_for_their_bytes() -> None:

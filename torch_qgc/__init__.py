@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torch_qgc import planner as planner
     from torch_qgc import schemes as schemes
     from torch_qgc import simulator as simulator
+    from torch_qgc.ddp.network import Network
     from torch_qgc.ddp.optim import CodedAdam, CodedAdamW, CodedSGD
-    from torch_qgc.ddp.rendezvous import Network
     from torch_qgc.ddp.settings import Limits
     from torch_qgc.ddp.state import QGCState, attach, qgc_hook
     from torch_qgc.errors import (
@@ -53,7 +53,7 @@ _MODULES = {
     "ddp.state": ("QGCState", "attach", "qgc_hook"),
     "ddp.optim": ("CodedAdam", "CodedAdamW", "CodedSGD"),
     "planner": ("Plan", "make_plan"),
-    "ddp.rendezvous": ("Network",),
+    "ddp.network": ("Network",),
     "ddp.settings": ("Limits",),
     "errors": ("CodecError", "ConfigError", "JobFailed", "PlanError", "ProtocolError", "QGCError", "Refused"),
 }

@@ -4,24 +4,21 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from common.clock import SharedClock
 from common.machines import Emulation
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.settings import PAUSES, Settings
-from torch_qgc.aggregator.process import AggregatorProcess
-from torch_qgc.ddp.rendezvous import Network
+from torch_qgc.ddp.network import Network
 
 
 class Worker:
     """One rank as one of the machines."""
 
     def __init__(self, s: Settings, rank: int) -> None:
-        self._s, self._rank, self._number = s, rank, s.variant.workers[rank]
+        self._s, self._number = s, s.variant.workers[rank]
         self._machine = s.machines[rank]
         self._emulation = Emulation(self._machine)
-        self._aggregator: AggregatorProcess | None = None
         self._clock: SharedClock | None = None
 
     def attach(self, ddp: DistributedDataParallel) -> Callable[[], float]:
@@ -31,13 +28,8 @@ class Worker:
         return lambda: 0.5 if bf16 else 1.0
 
     def network(self) -> Network:
-        """Start the aggregator on rank 0, and say how this worker reaches it: through its link."""
-        endpoint = [""]
-        if self._rank == 0:
-            self._aggregator = AggregatorProcess("127.0.0.1", trace=str(self._s.folder / "events.jsonl"))
-            endpoint = [self._aggregator.endpoint]
-        dist.broadcast_object_list(endpoint, 0)
-        return Network(endpoints=(self._emulation.through_link(endpoint[0]),))
+        """Say how this worker reaches the aggregator: through its link."""
+        return Network(through=self._emulation.through_link, trace=str(self._s.folder / "events.jsonl"))
 
     def start(self, step: int, elapsed_s: float) -> None:
         """Start the clock, and the pauses that this machine makes: the same seconds in every job."""
@@ -66,8 +58,6 @@ class Worker:
     def close(self) -> None:
         """End what was started for this worker."""
         self._emulation.close()
-        if self._aggregator is not None:
-            self._aggregator.stop()
 
 
 def forever(loader: Iterable[Any]) -> Iterator[Any]:

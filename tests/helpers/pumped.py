@@ -11,6 +11,7 @@ from helpers.virtual import session_for
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.transport import Peer
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.session import Session
 
@@ -25,7 +26,7 @@ class Pump:
     def __init__(self, aggregators: Sequence[Aggregator]) -> None:
         self.aggregators = list(aggregators)
         self.time_s = 0.0
-        self.sessions: dict[bytes, Session] = {}
+        self.sessions: dict[Peer, Session] = {}
 
     def connect(self, spec: JobSpec, plan: Plan, worker: int, **options: Any) -> Connection:
         """Connect a new worker to all aggregators."""

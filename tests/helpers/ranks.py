@@ -18,9 +18,11 @@ import torch
 import torch._dynamo  # imported before forking: each child would spend seconds on it
 import torch.distributed as dist
 
+from helpers.keys import door
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.process import serve
-from torch_qgc.protocol.transport import MonotonicClock, ZmqServer
+from torch_qgc.protocol.server import Bounds, ZmqServer
+from torch_qgc.protocol.transport import MonotonicClock
 
 CONTEXT = multiprocessing.get_context("fork")
 PATIENCE_S = 240.0  # for what must happen, however busy the machine is; below pytest's own timeout, to say who hung
@@ -73,7 +75,7 @@ def aggregators(count: int = 1, *, of: int = 1) -> Iterator[tuple[str, ...]]:
 
 def _aggregator_main(sender: Connection, index: int, of: int) -> None:
     torch.set_num_threads(1)
-    transport = ZmqServer("tcp://127.0.0.1:*", max_message_bytes=64 << 20)
+    transport = ZmqServer("tcp://127.0.0.1:*", door(index), bounds=Bounds(message_bytes=64 << 20))
     sender.send(transport.endpoint)
     serve(Aggregator(index, of), transport, MonotonicClock())
     transport.close()

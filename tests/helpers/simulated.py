@@ -15,6 +15,7 @@ from torch_qgc.job.events import Trace, silent
 from torch_qgc.kernels import Encoded, decode_sum, derive_key, encode
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol.contract import ClosingRule, JobSpec
+from torch_qgc.protocol.transport import Peer
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.inbox import ClosedRound
 
@@ -46,8 +47,8 @@ def make_spec(plan: Plan, **changes: Any) -> JobSpec:
     return JobSpec(**{**fields, **changes})
 
 
-def peer_of(worker: int) -> bytes:
-    return b"worker-%d" % worker
+def peer_of(worker: int, connection: bytes = b"first") -> Peer:
+    return Peer(worker, connection)
 
 
 def push_all(connection: Connection, plan: Plan, step: int, values: torch.Tensor) -> None:

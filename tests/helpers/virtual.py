@@ -17,7 +17,7 @@ from torch_qgc.aggregator.process import serve
 from torch_qgc.job.courses import Courses
 from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
-from torch_qgc.protocol.transport import MemoryNetwork
+from torch_qgc.protocol.transport import MemoryNetwork, Peer
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.session import Session
 
@@ -84,17 +84,17 @@ class Together:
     def __init__(self, aggregators: Sequence[Aggregator]) -> None:
         self._aggregators = aggregators
 
-    def receive(self, peer: bytes, frames: Sequence[Any], now: float) -> None:
+    def receive(self, peer: Peer, frames: Sequence[Any], now: float) -> None:
         self._aggregators[aggregator_of(peer)].receive(peer, frames, now)
 
-    def lost(self, peer: bytes, now: float) -> None:
+    def lost(self, peer: Peer, now: float) -> None:
         self._aggregators[aggregator_of(peer)].lost(peer, now)
 
     def tick(self, now: float) -> None:
         for each in self._aggregators:
             each.tick(now)
 
-    def drain(self) -> list[tuple[bytes, list[Any]]]:
+    def drain(self) -> list[tuple[Peer, list[Any]]]:
         return [sent for each in self._aggregators for sent in each.drain()]
 
     def wakeup_in(self, now: float) -> float:
@@ -108,11 +108,11 @@ class Together:
 class Network(MemoryNetwork):
     """A network on which a connection that is cut loses what is on its way."""
 
-    def __init__(self, on_send: Callable[[bytes, Sequence[Any]], None]) -> None:
+    def __init__(self, on_send: Callable[[Peer, Sequence[Any]], None]) -> None:
         super().__init__(on_send)
-        self.cut: set[bytes] = set()
+        self.cut: set[Peer] = set()
 
-    def deliver(self, time_s: float, peer: bytes, frames: Sequence[Any]) -> None:
+    def deliver(self, time_s: float, peer: Peer, frames: Sequence[Any]) -> None:
         def arrive() -> None:
             if peer not in self.cut:
                 self._inbox.append((peer, list(frames)))
@@ -120,13 +120,13 @@ class Network(MemoryNetwork):
         self.at(time_s, arrive)
 
 
-def address(aggregator: int, peer: bytes) -> bytes:
+def address(aggregator: int, peer: Peer) -> Peer:
     """Name a peer's connection to an aggregator."""
-    return b"%d/%s" % (aggregator, peer) if aggregator else peer
+    return peer._replace(connection=b"%d/%s" % (aggregator, peer.connection)) if aggregator else peer
 
 
-def aggregator_of(name: bytes) -> int:
-    number, slash, _ = name.partition(b"/")
+def aggregator_of(name: Peer) -> int:
+    number, slash, _ = name.connection.partition(b"/")
     return int(number) if slash else 0
 
 
@@ -149,16 +149,16 @@ class World:
         aggregator: Aggregator | None = None,
         latency_s: float | Callable[[], float] = 0.0,
         down: Callable[[Sequence[Any]], Sequence[float]] | None = None,
-        link: Callable[[str, bytes, Sequence[Any]], float] | None = None,
+        link: Callable[[str, Peer, Sequence[Any]], float] | None = None,
         others: Sequence[Aggregator] = (),
     ) -> None:
         self.net = Network(self._on_send)
         self.aggregator = aggregator if aggregator is not None else Aggregator()
         self.aggregators = [self.aggregator, *others]
         self._latency_s, self._down, self._link = latency_s, down, link
-        self._arrives_s: dict[tuple[str, bytes], float] = {}  # when the newest message of a connection arrives
-        self.sessions: dict[bytes, Session] = {}
-        self._carriers: dict[bytes, VirtualCarrier] = {}  # by the name of a connection that stands
+        self._arrives_s: dict[tuple[str, Peer], float] = {}  # when the newest message of a connection arrives
+        self.sessions: dict[Peer, Session] = {}
+        self._carriers: dict[Peer, VirtualCarrier] = {}  # by the name of a connection that stands
         self.scripts: list[Script] = []
         self._running: Script | None = None
 
@@ -184,7 +184,7 @@ class World:
         """Let time pass in a script."""
         self.wait_for(lambda: False, seconds)
 
-    def connect(self, peer: bytes, session: Session) -> Connection:
+    def connect(self, peer: Peer, session: Session) -> Connection:
         """Connect a session to the aggregators."""
         self.sessions[peer] = session
         carrier = VirtualCarrier(self, peer, session)
@@ -198,8 +198,9 @@ class World:
         self.net.disconnect(old)
         self.net.cut.add(old)
         del self._carriers[old]
-        carrier.names[aggregator] = old + b"'"
-        self._carriers[old + b"'"] = carrier
+        new = old._replace(connection=old.connection + b"'")
+        carrier.names[aggregator] = new
+        self._carriers[new] = carrier
 
     def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Let time pass until all scripts have ended, or `stop` says so; raise what a script has raised."""
@@ -219,7 +220,7 @@ class World:
             if script.error is not None:
                 raise script.error
 
-    def _on_send(self, name: bytes, frames: Sequence[Any]) -> None:
+    def _on_send(self, name: Peer, frames: Sequence[Any]) -> None:
         if name not in self._carriers:
             return
         times_s = (
@@ -230,14 +231,14 @@ class World:
         for time_s in times_s:
             self.net.at(time_s, lambda: self._receive(name, list(frames)))
 
-    def arrival_s(self, way: str, peer: bytes, frames: Sequence[Any]) -> float:
+    def arrival_s(self, way: str, peer: Peer, frames: Sequence[Any]) -> float:
         """Return when a message that is sent now arrives."""
         latency_s = self._latency_s() if callable(self._latency_s) else self._latency_s
         occupied_s = 0.0 if self._link is None else self._link(way, peer, frames)
         self._arrives_s[way, peer] = max(self.now() + latency_s, self._arrives_s.get((way, peer), 0.0)) + occupied_s
         return self._arrives_s[way, peer]
 
-    def _receive(self, name: bytes, frames: list[Any]) -> None:
+    def _receive(self, name: Peer, frames: list[Any]) -> None:
         if name in self._carriers:  # else it was cut meanwhile
             self._carriers[name].session.receive(aggregator_of(name), frames, self.now())
             self._settle()
@@ -253,7 +254,7 @@ class World:
 class VirtualCarrier:
     """Carry a session's messages over the virtual network; see `torch_qgc.worker.connection.Carrier`."""
 
-    def __init__(self, world: World, peer: bytes, session: Session) -> None:
+    def __init__(self, world: World, peer: Peer, session: Session) -> None:
         self._world, self.session = world, session
         self.names = [address(aggregator, peer) for aggregator in range(len(session.endpoints))]
 

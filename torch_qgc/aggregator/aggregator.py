@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch_qgc.aggregator.job import EVERYBODY, Job
-from torch_qgc.aggregator.lobby import Lobby, read_job
+from torch_qgc.aggregator.lobby import Lobby, check_job, read_job
 from torch_qgc.errors import CodecError, ConfigError, PlanError, ProtocolError
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.logs import logger
+from torch_qgc.planner import Plan
 from torch_qgc.protocol import messages
+from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.transport import Peer
 
 __all__ = ["Aggregator"]
 
@@ -28,6 +31,7 @@ class Aggregator:
     Args:
         index, count: which aggregator of how many this is.
         threads: how many may decode.
+        told: what the job is comes by `announce` alone, from whoever has started this; else from worker 0's Hello.
         ping_interval_s: how often live workers are pinged (a failed ping is how a death is noticed).
         trace: is told what happens.
     """
@@ -38,20 +42,22 @@ class Aggregator:
         count: int = 1,
         *,
         threads: int = 1,
+        told: bool = False,
         ping_interval_s: float = 0.5,
         trace: Trace = silent,
     ) -> None:
         self.index, self.count = index, count
         self.stats: Counter[str] = Counter()
-        self.job: Job | None = None  # until worker 0 has said what it is
+        self.job: Job | None = None  # until it is known what it is
+        self._told = told
         self._lobby = Lobby()
-        self._outbox: list[tuple[bytes, list[Frame]]] = []
+        self._outbox: list[tuple[Peer, list[Frame]]] = []
         self._threads, self._ping_interval_s, self._trace = threads, ping_interval_s, trace
         self._next_ping_at_s = 0.0
 
     # --- what goes in -----------------------------------------------------------------------------------
 
-    def receive(self, peer: bytes, frames: Sequence[Frame], now: float) -> None:
+    def receive(self, peer: Peer, frames: Sequence[Frame], now: float) -> None:
         """Take one message. Whatever is wrong with it is answered and counted, never raised."""
         try:
             if not frames:
@@ -73,7 +79,7 @@ class Aggregator:
             logger.warning("a message was dropped: %s", error)
             self._send(peer, messages.Rejected(messages.as_text(error)))
 
-    def lost(self, peer: bytes, now: float) -> None:
+    def lost(self, peer: Peer, now: float) -> None:
         """Note that a peer's connection is gone."""
         worker = self._lobby.remove(peer)
         if worker is not None and self.job is not None:
@@ -116,8 +122,32 @@ class Aggregator:
 
     # --- joining ----------------------------------------------------------------------------------------
 
-    def _hello(self, peer: bytes, hello: messages.Hello, rest: Sequence[Frame], now: float) -> None:
-        if self.job is None and hello.worker != 0:
+    def announce(self, spec: JobSpec, plan: Plan, now: float) -> None:
+        """Begin the job; workers that wait are let in.
+
+        Raises:
+            ConfigError: it cannot be; names the remedy.
+        """
+        check_job(spec, plan, aggregators=self.count)
+        self._begin(spec, plan, now)
+        self._let_in_who_waits(now)
+
+    def _begin(self, spec: JobSpec, plan: Plan, now: float) -> None:
+        self.job = Job(
+            spec, plan, index=self.index, now=now, threads=self._threads, stats=self.stats, trace=self._trace
+        )
+
+    def _let_in_who_waits(self, now: float) -> None:
+        for peer, hello in self._lobby.take_waiting():
+            self._hello(peer, hello, (), now)
+
+    def _hello(self, peer: Peer, hello: messages.Hello, rest: Sequence[Frame], now: float) -> None:
+        if hello.worker != peer.worker:
+            raise ProtocolError(
+                f"expected a Hello of worker {peer.worker}, whose key it is, got one of worker {hello.worker}: give "
+                "every rank its own number"
+            )
+        if self.job is None and (self._told or hello.worker != 0):
             self._lobby.keep_waiting(peer, hello)
             return
         if self._lobby.worker_of(peer) == hello.worker:
@@ -129,16 +159,8 @@ class Aggregator:
                     f"{messages.PROTOCOL_VERSION}: install the same version of torch_qgc on every machine"
                 )
             if self.job is None:
-                spec, plan = read_job(hello, rest, aggregators=self.count)
-                self.job = Job(
-                    spec,
-                    plan,
-                    index=self.index,
-                    now=now,
-                    threads=self._threads,
-                    stats=self.stats,
-                    trace=self._trace,
-                )
+                self._begin(*read_job(hello, rest, aggregators=self.count), now)
+            assert self.job is not None
             self._lobby.admit(peer, hello, self.job.spec)
             try:
                 self.job.join(hello.worker, hello.step, now)
@@ -151,8 +173,7 @@ class Aggregator:
             self._send(peer, messages.Refusal(messages.as_text(error)))
             return
         self._collect()
-        for other_peer, other in self._lobby.take_waiting():
-            self._hello(other_peer, other, (), now)
+        self._let_in_who_waits(now)
 
     # --- what goes out ----------------------------------------------------------------------------------
 
@@ -165,10 +186,10 @@ class Aggregator:
             peers = self._lobby.peers() if worker is EVERYBODY else [] if peer is None else [peer]
             self._outbox += [(each, frames) for each in peers]
 
-    def _send(self, peer: bytes, message: messages.FromAggregator) -> None:
+    def _send(self, peer: Peer, message: messages.FromAggregator) -> None:
         self._outbox.append((peer, [messages.encode_message(message)]))
 
-    def drain(self) -> list[tuple[bytes, list[Frame]]]:
+    def drain(self) -> list[tuple[Peer, list[Frame]]]:
         """Return what is to be sent, in order, and forget it."""
         outbox, self._outbox = self._outbox, []
         return outbox
@@ -179,7 +200,7 @@ class Aggregator:
 
     def __repr__(self) -> str:
         if self.job is None:
-            phase = "waits for worker 0"
+            phase = "waits to hear what the job is"
         else:
             phase = "failed" if self.failed is not None else "finished" if self.finished else "serves"
         return f"Aggregator({self.index} of {self.count}, {phase}, {self._lobby!r}, {self.job!r})"

@@ -10,11 +10,12 @@ import msgspec
 from torch_qgc.errors import ConfigError, ProtocolError
 from torch_qgc.planner import Plan
 from torch_qgc.protocol import messages
-from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.contract import MOST_WORKERS, JobSpec
+from torch_qgc.protocol.transport import Peer
 
-__all__ = ["Lobby", "read_job"]
+__all__ = ["Lobby", "check_job", "read_job"]
 
-MOST_WAITING = 65536
+MOST_WAITING = MOST_WORKERS  # hellos
 
 _REMEDIES = {
     "workers": "start every rank with the same world size",
@@ -33,37 +34,44 @@ def read_job(hello: messages.Hello, rest: Sequence[Any], *, aggregators: int) ->
         ProtocolError, PlanError, ConfigError: it cannot be; names the remedy.
     """
     plan = messages.plan_frame(rest, "worker 0's Hello")
-    spec = hello.spec
+    check_job(hello.spec, plan, aggregators=aggregators)
+    return hello.spec, plan
+
+
+def check_job(spec: JobSpec, plan: Plan, *, aggregators: int) -> None:
+    """Check that a job can be, and is one for as many aggregators.
+
+    Raises:
+        ConfigError: it cannot; names the remedy.
+    """
     spec.validate(plan)
     if spec.aggregators != aggregators:
         raise ConfigError(
             f"the job has {spec.aggregators} aggregators, this one was started as one of {aggregators}: "
             f"start it with --count {spec.aggregators}"
         )
-    return spec, plan
 
 
 class Lobby:
-    """The connections of the workers that are in, and the hellos that wait for worker 0 to say what the job is."""
+    """The connections of the workers that are in, and the hellos that wait until it is known what the job is."""
 
     def __init__(self) -> None:
-        self._peer_of: dict[int, bytes] = {}
-        self._worker_of: dict[bytes, int] = {}
-        self._waiting: dict[bytes, messages.Hello] = {}
+        self._peer_of: dict[int, Peer] = {}
+        self._waiting: dict[Peer, messages.Hello] = {}
 
-    def worker_of(self, peer: bytes) -> int | None:
-        """Return the worker behind a connection."""
-        return self._worker_of.get(peer)
+    def worker_of(self, peer: Peer) -> int | None:
+        """Return the worker behind a connection, None if it is not in."""
+        return peer.worker if self._peer_of.get(peer.worker) == peer else None
 
-    def peer_of(self, worker: int) -> bytes | None:
+    def peer_of(self, worker: int) -> Peer | None:
         """Return the connection of a worker, None if it is not in."""
         return self._peer_of.get(worker)
 
-    def peers(self) -> list[bytes]:
+    def peers(self) -> list[Peer]:
         """Return the connections of all that are in."""
-        return list(self._worker_of)
+        return list(self._peer_of.values())
 
-    def admit(self, peer: bytes, hello: messages.Hello, spec: JobSpec) -> None:
+    def admit(self, peer: Peer, hello: messages.Hello, spec: JobSpec) -> None:
         """Let a worker in, for the first time or back from the dead.
 
         Raises:
@@ -85,34 +93,31 @@ class Lobby:
                 f"worker {hello.worker} is already in this job from another connection: give every rank its own "
                 "number; if it was restarted, try again when the old connection has timed out"
             )
-        previous = self._worker_of.get(peer)
-        if previous is not None:
-            raise ProtocolError(f"this connection already speaks for worker {previous}: use one connection per worker")
-        self._peer_of[hello.worker], self._worker_of[peer] = peer, hello.worker
+        self._peer_of[hello.worker] = peer
 
-    def remove(self, peer: bytes) -> int | None:
+    def remove(self, peer: Peer) -> int | None:
         """Forget a connection; return the worker it spoke for."""
         self._waiting.pop(peer, None)
-        worker = self._worker_of.pop(peer, None)
+        worker = self.worker_of(peer)
         if worker is not None:
             del self._peer_of[worker]
         return worker
 
     # --- before the job is known --------------------------------------------------------------------------
 
-    def keep_waiting(self, peer: bytes, hello: messages.Hello) -> None:
-        """Keep a hello until worker 0 has said what the job is; beyond a bound it is not kept, and asked for again."""
+    def keep_waiting(self, peer: Peer, hello: messages.Hello) -> None:
+        """Keep a hello until it is known what the job is; beyond a bound it is not kept, and asked for again."""
         if len(self._waiting) < MOST_WAITING:
             self._waiting[peer] = hello
 
-    def is_waiting(self, peer: bytes) -> bool:
+    def is_waiting(self, peer: Peer) -> bool:
         """Tell whether a connection's hello is kept."""
         return peer in self._waiting
 
-    def take_waiting(self) -> list[tuple[bytes, messages.Hello]]:
+    def take_waiting(self) -> list[tuple[Peer, messages.Hello]]:
         """Return the hellos that were kept, and forget them."""
         waiting, self._waiting = list(self._waiting.items()), {}
         return waiting
 
     def __repr__(self) -> str:
-        return f"Lobby({len(self._worker_of)} workers in, {len(self._waiting)} waiting)"
+        return f"Lobby({len(self._peer_of)} workers in, {len(self._waiting)} waiting)"

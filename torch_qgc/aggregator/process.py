@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -17,11 +15,16 @@ from urllib.parse import urlsplit
 import msgspec
 
 from torch_qgc.aggregator.aggregator import Aggregator
+from torch_qgc.aggregator.pipe import Announced, Parent, tell
 from torch_qgc.errors import ConfigError, JobFailed
 from torch_qgc.job.events import Event, Trace, silent
-from torch_qgc.protocol.transport import Clock, MonotonicClock, Sent, Transport, ZmqServer
+from torch_qgc.planner import Plan
+from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.identity import Door, check_unencrypted
+from torch_qgc.protocol.server import Bounds, ZmqServer
+from torch_qgc.protocol.transport import Clock, MonotonicClock, Sent, Transport
 
-__all__ = ["AggregatorProcess", "Serving", "check_bind", "run", "serve"]
+__all__ = ["AggregatorProcess", "Serving", "run", "serve"]
 
 READY = "torch_qgc aggregator at "
 _RUN = "import sys; from torch_qgc.aggregator.process import child; sys.exit(child())"
@@ -49,73 +52,77 @@ def serve(
             break
 
 
-def check_bind(bind: str, *, insecure: bool) -> None:
-    """Refuse to listen beyond this machine without an explicit word.
-
-    Raises:
-        ConfigError: the address is not tcp://host:port, or not loopback and `insecure` is False.
-    """
-    parts = urlsplit(bind)
-    if parts.scheme != "tcp" or not parts.hostname:
-        raise ConfigError(f"bind: expected tcp://host:port (port * picks a free one), got {bind!r}")
-    try:
-        loopback = ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError:
-        loopback = parts.hostname == "localhost"
-    if not loopback and not insecure:
-        raise ConfigError(
-            f"bind: {bind} can be reached from other machines, and the traffic is neither encrypted nor authenticated: "
-            "bind to 127.0.0.1, or allow it with insecure=True (--insecure) on a network you trust"
-        )
-
-
 class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one aggregator process is asked to do.
 
     Args:
+        door: by what it knows workers.
         bind: tcp://host:port; port * picks a free one.
         index, count: which aggregator this is, of how many.
-        threads: that decode.
-        max_message_mib: larger messages are cut off.
-        insecure: allow an address that other machines can reach.
-        child: a training process has started it: stop when standard input is closed, leave Ctrl-C to the parent.
+        threads: that decode, and as many that move messages and encrypt.
+        bounds: what its port takes.
         trace: a file that gets one JSON line per event of the job (`torch_qgc.job.events`); None: none.
     """
 
+    door: Door
     bind: str = "tcp://127.0.0.1:*"
     index: int = 0
     count: int = 1
     threads: int = 1
-    max_message_mib: int = 256
-    insecure: bool = False
-    child: bool = False
+    bounds: Bounds = Bounds()
     trace: str | None = None
 
+    def check(self) -> None:
+        """Check what can be checked before anything is started.
 
-def run(serving: Serving) -> int:
+        Raises:
+            ConfigError: it cannot be served like this.
+        """
+        parts = urlsplit(self.bind)
+        if parts.scheme != "tcp" or not parts.hostname:
+            raise ConfigError(f"bind: expected tcp://host:port (port * picks a free one), got {self.bind!r}")
+        if not self.door.encrypts:
+            check_unencrypted(parts.hostname)
+        if not 0 <= self.index < self.count:
+            raise ConfigError(
+                f"index: expected a number in [0, {self.count}), got {self.index}: count aggregators from 0"
+            )
+
+
+def run(serving: Serving, parent: Parent | None = None) -> int:
     """Run one aggregator in this process until its job is finished; return the exit status, 1 if that has failed.
 
+    Args:
+        parent: the training process that has started this one, and says what the job is; None: worker 0 does.
     Raises:
         ConfigError: it cannot be served like this.
     """
-    check_bind(serving.bind, insecure=serving.insecure)
-    if not 0 <= serving.index < serving.count:
-        raise ConfigError(
-            f"index: expected a number in [0, {serving.count}), got {serving.index}: count aggregators from 0"
-        )
+    serving.check()
     logging.basicConfig(
-        format="%(asctime)s torch_qgc aggregator: %(message)s", level=logging.WARNING if serving.child else logging.INFO
+        format="%(asctime)s torch_qgc aggregator: %(message)s",
+        level=logging.INFO if parent is None else logging.WARNING,
     )
-    stopping = _stop_signals(ignore_interrupt=serving.child)
+    stopping = _stop_signals(ignore_interrupt=parent is not None)
     clock = MonotonicClock()
     with contextlib.ExitStack() as stack:
         trace = silent if serving.trace is None else _tracing(stack.enter_context(open(serving.trace, "wb")))
-        transport = ZmqServer(serving.bind, max_message_bytes=serving.max_message_mib << 20)
+        transport = ZmqServer(serving.bind, serving.door, bounds=serving.bounds, io_threads=serving.threads)
         stack.callback(transport.close)
         print(f"{READY}{transport.endpoint}", flush=True)
-        aggregator = Aggregator(serving.index, serving.count, threads=serving.threads, trace=trace)
+        aggregator = Aggregator(
+            serving.index, serving.count, threads=serving.threads, told=parent is not None, trace=trace
+        )
+
+        def stop() -> bool:
+            announced = None if parent is None else parent.announced()
+            if announced is not None:
+                aggregator.announce(announced.spec, Plan.from_json(announced.plan), clock.now())
+            return stopping() or (parent is not None and parent.gone)
+
+        if parent is not None:
+            transport.watch(parent.descriptor)
         try:
-            serve(aggregator, transport, clock, stop=lambda: stopping() or (serving.child and _orphaned()))
+            serve(aggregator, transport, clock, stop=stop)
             if not aggregator.finished:
                 why = "the aggregator was stopped, or the process that had started it (rank 0) has ended"
                 aggregator.fail(why, clock.now())
@@ -125,14 +132,17 @@ def run(serving: Serving) -> int:
         finally:
             for peer, frames in aggregator.drain():
                 transport.send(peer, frames)
+        report = aggregator.report() | transport.report()
     with contextlib.suppress(BrokenPipeError):  # a parent that is gone reads nothing
-        os.write(1 if serving.child else 2, f"torch_qgc aggregator: {aggregator.report()}\n".encode())
+        os.write(2 if parent is None else 1, f"torch_qgc aggregator: {report}\n".encode())
     return 0 if aggregator.finished and aggregator.failed is None else 1
 
 
 def child() -> int:
-    """Run the aggregator that the first argument describes, as JSON: what `AggregatorProcess` starts."""
-    return run(msgspec.json.decode(sys.argv[1], type=Serving))
+    """Run the aggregator that the parent describes on standard input: what `AggregatorProcess` starts."""
+    parent = Parent(sys.stdin.fileno())
+    serving = parent.hear(Serving)
+    return 1 if serving is None else run(serving, parent)
 
 
 def _tracing(file: BinaryIO) -> Trace:
@@ -158,46 +168,52 @@ def _stop_signals(*, ignore_interrupt: bool) -> Callable[[], bool]:
     return lambda: bool(received)
 
 
-def _orphaned() -> bool:
-    """Tell whether standard input, which the parent holds open, has been closed."""
-    readable, _, _ = select.select([0], [], [], 0)
-    return bool(readable) and os.read(0, 1) == b""
-
-
 class AggregatorProcess:
     """An aggregator as a child of a training process; it ends with the job, or when its parent is gone.
 
     Args:
-        host: address to listen on; the port is picked.
-        index, count: which aggregator of how many.
-        insecure: allow a host that other machines can reach.
-        trace: a file for the events of the job, see `Serving`.
+        serving: what it is asked to do.
     Raises:
-        ConfigError: the host is not allowed.
+        ConfigError: it cannot be served like this.
         JobFailed: the process did not come up.
     """
 
-    def __init__(
-        self, host: str, *, index: int = 0, count: int = 1, insecure: bool = False, trace: str | None = None
-    ) -> None:
-        bind = f"tcp://{host}:*"
-        check_bind(bind, insecure=insecure)
-        serving = Serving(bind=bind, index=index, count=count, insecure=insecure, child=True, trace=trace)
-        command = [sys.executable, "-c", _RUN, msgspec.json.encode(serving).decode()]
-        environment = dict(os.environ, OMP_NUM_THREADS="1")
+    def __init__(self, serving: Serving) -> None:
+        serving.check()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True, text=True
+            [sys.executable, "-c", _RUN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+            start_new_session=True,
         )
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        with contextlib.suppress(OSError):  # should it have ended, the next lines notice
+            tell(self._process.stdin, serving)
+        line = self._process.stdout.readline().decode()
         if not line.startswith(READY):
             self.stop(timeout_s=1.0)
             raise JobFailed(
                 f"the aggregator process did not start (exit status {self._process.returncode}, it said {line!r}): "
-                f"try it by hand with `qgc aggregator --bind {bind}`"
+                f"try it by hand with `qgc aggregator --bind {serving.bind}`"
             )
         self.endpoint = line.removeprefix(READY).strip()
         self.pid = self._process.pid
+
+    def announce(self, spec: JobSpec, plan: Plan) -> None:
+        """Say what the job is, once, before this process's worker joins.
+
+        Raises:
+            JobFailed: the process has ended.
+        """
+        assert self._process.stdin is not None
+        try:
+            tell(self._process.stdin, Announced(spec, plan.to_json()))
+        except OSError as error:
+            raise JobFailed(
+                f"the aggregator at {self.endpoint} has ended (exit status {self.poll()}) before the job began"
+            ) from error
 
     def poll(self) -> int | None:
         """Return the exit status, None while it runs."""

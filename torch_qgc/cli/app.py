@@ -15,8 +15,12 @@ from torch_qgc.cli.comparison import Budget, compare
 from torch_qgc.cli.delays import lateness_from
 from torch_qgc.cli.reporting import reporting
 from torch_qgc.cli.simulate import simulate
+from torch_qgc.errors import ConfigError
 from torch_qgc.planner import PlanOptions, make_plan
 from torch_qgc.planner.options import DEFAULT_BITS_PER_COORDINATE, DEFAULT_NOISE_RATIO
+from torch_qgc.protocol.contract import MOST_WORKERS
+from torch_qgc.protocol.identity import KEY_FILE_VARIABLE, SHARE_A_KEY, Secret
+from torch_qgc.protocol.server import Bounds
 
 __all__ = ["app"]
 
@@ -94,29 +98,39 @@ def aggregator(
     bind: Annotated[str, typer.Option(help="tcp://host:port; port * picks a free one")] = "tcp://127.0.0.1:*",
     index: Annotated[int, typer.Option(help="which aggregator this is")] = 0,
     count: Annotated[int, typer.Option(help="of how many")] = 1,
-    threads: Annotated[int, typer.Option(help="threads that decode", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="threads that decode, and as many that encrypt", min=1)] = 1,
+    key_file: Annotated[
+        str | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="the job's key, which `qgc keygen` has made")
+    ] = None,
+    encrypt: Annotated[bool, typer.Option(help="all that is sent, as workers with Network(encrypt=...)")] = True,
     max_message_mib: Annotated[int, typer.Option(help="larger messages are cut off", min=1)] = 256,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="allow an address that other machines can reach")
-    ] = False,
     trace: Annotated[Path | None, typer.Option(help="write the job's events to this file, a JSON line each")] = None,
 ) -> None:
     """Run an aggregator that workers dial in to, until their job is finished."""
 
     from torch_qgc.aggregator import process
 
-    serving = process.Serving(
-        bind=bind,
-        index=index,
-        count=count,
-        threads=threads,
-        max_message_mib=max_message_mib,
-        insecure=insecure,
-        trace=None if trace is None else str(trace),
-    )
     with reporting():
+        if key_file is None:
+            raise ConfigError(f"expected --key-file, got none: {SHARE_A_KEY}")
+        serving = process.Serving(
+            door=Secret.load(key_file).door_of(index, MOST_WORKERS, encrypt=encrypt),
+            bind=bind,
+            index=index,
+            count=count,
+            threads=threads,
+            bounds=Bounds(message_bytes=max_message_mib << 20),
+            trace=None if trace is None else str(trace),
+        )
         status = process.run(serving)
     raise typer.Exit(status)
+
+
+@app.command()
+def keygen(file: Annotated[Path, typer.Argument(help="to be made; copy it to where it is needed")]) -> None:
+    """Make the key by which aggregators that run on their own and the workers of their job know each other."""
+    with reporting():
+        Secret.make().save(file)
 
 
 @app.command()

@@ -1,50 +1,21 @@
-"""Before the first step: what must be true of the DDP model, and how workers and aggregators find each other."""
+"""Before the first step: what must be true of the DDP model, and what the ranks tell each other."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_qgc.aggregator.process import AggregatorProcess
-from torch_qgc.errors import ConfigError, JobFailed, QGCError
+from torch_qgc.errors import ConfigError, QGCError
 from torch_qgc.logs import logger
 from torch_qgc.worker.layout import Layout
 
-__all__ = [
-    "Network",
-    "agree",
-    "check_model",
-    "check_step",
-    "exchanged_parameters",
-    "start_aggregators",
-    "usable_deadline",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """How workers reach the aggregators.
-
-    Args:
-        host: address on which aggregators that are started as children of this job listen.
-        insecure: allow a host that other machines can reach, without encryption; on a network you trust.
-        endpoints: addresses of aggregators that run already (`qgc aggregator --bind`); none is started then.
-        trace: a file for the events of the aggregators that are started, one JSON line each; "{}" in its name becomes
-            the aggregator's number.
-    """
-
-    host: str = "127.0.0.1"
-    insecure: bool = False
-    endpoints: tuple[str, ...] = ()
-    trace: str | None = None
+__all__ = ["agree", "check_model", "check_step", "exchanged_parameters", "gather", "scatter", "usable_deadline"]
 
 
 def usable_deadline(model: Any, deadline_s: float | Literal["auto"] | None) -> float | Literal["auto"] | None:
@@ -158,41 +129,9 @@ def gather(process_group: dist.ProcessGroup | None, value: Any) -> list[Any]:
     return values
 
 
-def start_aggregators(
-    process_group: dist.ProcessGroup | None, count: int, network: Network
-) -> tuple[Sequence[str], list[AggregatorProcess]]:
-    """Start aggregator i as a child of rank i mod K, and tell every rank where they are.
-
-    Returns:
-        The endpoints of all aggregators, and the ones that this rank started.
-    Raises:
-        ConfigError: on every rank if it happens on one.
-    """
-    if network.endpoints:
-        return network.endpoints, []
-    rank, workers = dist.get_rank(process_group), dist.get_world_size(process_group)
-    children: list[AggregatorProcess] = []
-    try:
-        with agree(process_group):
-            hosts = sorted(set(gather(process_group, socket.gethostname())))
-            if len(hosts) > 1 and network.host in ("127.0.0.1", "localhost", "::1"):
-                raise ConfigError(
-                    f"the ranks run on {len(hosts)} machines ({', '.join(hosts[:4])}), but the aggregator would listen "
-                    f"on {network.host} alone: Network(host=<rank 0's address>, insecure=True) on a network you trust"
-                )
-            for index in range(rank, count, workers):
-                children.append(_start(network, index, count))
-    except QGCError:
-        for child in children:
-            child.stop(timeout_s=0.0)
-        raise
-    found = gather(process_group, [child.endpoint for child in children])
-    return [found[index % workers][index // workers] for index in range(count)], children
-
-
-def _start(network: Network, index: int, count: int) -> AggregatorProcess:
-    trace = None if network.trace is None else network.trace.format(index)
-    try:
-        return AggregatorProcess(network.host, index=index, count=count, insecure=network.insecure, trace=trace)
-    except OSError as error:
-        raise JobFailed(f"the aggregator's process cannot be started: {error}") from error
+def scatter(process_group: dist.ProcessGroup | None, values: Sequence[Any] | None) -> Any:
+    """Return this rank's value of those that rank 0 has, one for each rank; None on the others."""
+    own: list[Any] = [None]
+    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    dist.scatter_object_list(own, None if values is None else list(values), src=source, group=process_group)
+    return own[0]

@@ -10,16 +10,9 @@ import torch.distributed as dist
 
 from torch_qgc.ddp.forward import Forward
 from torch_qgc.ddp.loader import CodedLoader, FollowedLoader, Slice, Thinner, make_loader
+from torch_qgc.ddp.network import Network, start_aggregators
 from torch_qgc.ddp.optim import make_coded, watch_optimizers
-from torch_qgc.ddp.rendezvous import (
-    Network,
-    agree,
-    check_model,
-    check_step,
-    exchanged_parameters,
-    start_aggregators,
-    usable_deadline,
-)
+from torch_qgc.ddp.rendezvous import agree, check_model, check_step, exchanged_parameters, usable_deadline
 from torch_qgc.ddp.settings import Limits, choose_plan, closing_rule, job_spec
 from torch_qgc.ddp.thin import first_samples
 from torch_qgc.job.courses import Courses
@@ -147,14 +140,16 @@ class QGCState:
                 control_variates=control_variates,
                 limits=limits,
             )
-        endpoints, children = start_aggregators(group, aggregators, network)
+        reached = start_aggregators(self._group, network, spec, plan)
         # Whatever is finalized at the interpreter's exit goes in reverse order: first the replica leaves the job.
         sessions: list[Session] = []  # this worker's, once it has asked to come in
-        self._stop_children = weakref.finalize(self, _stop, children, sessions)
+        self._stop_children = weakref.finalize(self, _stop, reached.children, sessions)
 
         def connect(spec: JobSpec, courses: Courses, first_step: int, trace: Trace) -> Connection:
+            for child in reached.children:
+                child.announce(spec, courses.at(spec.first_step).plan)
             session = Session(
-                endpoints,
+                reached.endpoints,
                 spec,
                 dist.get_rank(group),
                 courses,
@@ -164,7 +159,7 @@ class QGCState:
                 trace=trace,
             )
             sessions.append(session)
-            return Connection(session, SocketCarrier(session))
+            return Connection(session, SocketCarrier(session, reached.passes))
 
         self.replica = Replica(
             self._model.module,

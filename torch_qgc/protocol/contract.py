@@ -124,9 +124,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def log_capacity(self, aggregator: int) -> int:
         """Return how many steps of results an aggregator's log holds."""
-        return min(self.log_steps, self.log_bytes // max(self._step_bytes(aggregator), 1))
+        return min(self.log_steps, self.log_bytes // max(self.step_bytes(aggregator), 1))
 
-    def _step_bytes(self, aggregator: int) -> int:
+    def step_bytes(self, aggregator: int) -> int:
         """Return the payload bytes of one step's results of an aggregator."""
         owned = self.owned_by(aggregator)
         whole = len(owned) * payload_bytes(self.chunk_numel, self.downlink_bits)
@@ -168,7 +168,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if capacity < LEAST_LOG_STEPS:
             raise ConfigError(
                 f"log_bytes: expected room for the results of at least {LEAST_LOG_STEPS} steps, "
-                f"{LEAST_LOG_STEPS * self._step_bytes(0):,} bytes per aggregator, got {self.log_bytes:,}: raise "
+                f"{LEAST_LOG_STEPS * self.step_bytes(0):,} bytes per aggregator, got {self.log_bytes:,}: raise "
                 "Limits(log_bytes=...), lower downlink_bits, or take more aggregators"
             )
         if plan.digest() != self.plan_digest:

@@ -7,21 +7,27 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch_qgc.errors import JobFailed
-from torch_qgc.protocol.transport import ZmqClient
+from torch_qgc.errors import JobFailed, Refused
+from torch_qgc.protocol.client import ZmqClient
+from torch_qgc.protocol.identity import Pass
 from torch_qgc.worker.session import Session
 
 __all__ = ["SocketCarrier"]
 
 
 class SocketCarrier:
-    """Carry a session's messages over TCP; see `torch_qgc.worker.connection.Carrier`."""
+    """Carry a session's messages over TCP; see `torch_qgc.worker.connection.Carrier`.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    Args:
+        session: this worker's.
+        passes: what it shows to each aggregator.
+    """
+
+    def __init__(self, session: Session, passes: Sequence[Pass]) -> None:
+        self._session, self._passes = session, passes
         self._news = threading.Condition()  # also the session's lock
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -62,7 +68,7 @@ class SocketCarrier:
     # --- the background thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        client = ZmqClient(self._session.endpoints)
+        client = ZmqClient(self._session.endpoints, self._passes)
         try:
             client.watch(self._wake_out.fileno())
             self._loop(client)
@@ -90,6 +96,8 @@ class SocketCarrier:
                 for aggregator, frames in received:
                     self._session.receive(aggregator, frames, now)
                 self._session.tick(now)
+                if client.shut_out is not None:
+                    self._session.end(Refused(client.shut_out))
                 if received or self._session.error is not None:
                     self._news.notify_all()
 
