@@ -223,7 +223,7 @@ def test_a_worker_that_was_away_when_a_plan_was_made_hears_of_it_on_its_way_back
     for step in (1, 2, 3):
         make_step(workers[:2], step)
     assert away.courses.changes == ()
-    pump.sessions[b"again"] = away
+    pump.sessions[peer_of(2, b"again")] = away
     away.refetch()
     pump.pump()
     assert away.courses.changes == (course,)
