@@ -11,6 +11,7 @@ from helpers.simulation import DEADLINE_S, delays_for, task
 from test_schemes_codes import LATE
 
 from torch_qgc.planner import make_plan
+from torch_qgc.planner.temperature import LEAST
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.simulator import simulate
 from torch_qgc.simulator.arrivals import Contribution
@@ -45,14 +46,18 @@ def test_the_temperature_of_a_step_is_that_of_its_schedule(
     np.testing.assert_allclose(told, 1.0 - np.arange(20) / 20, rtol=1e-12)
     told.clear()
     losses("annealed", 0.02, **clock)
-    assert told == [1.0] * 20
+    assert told == [LEAST] * 20
 
 
-def test_at_a_constant_rate_late_workers_count_their_share_and_no_more() -> None:
+def test_at_the_top_of_a_schedule_late_workers_count_their_share_and_no_more() -> None:
     """Bit for bit "uncorrected": with independent rounds and no late payloads, r_k <= 1 and c_k = m_k."""
-    np.testing.assert_array_equal(
-        losses("annealed", 0.02, deadline_s=DEADLINE_S), losses("uncorrected", 0.02, deadline_s=DEADLINE_S)
-    )
+    flat, clock = (lambda step: 0.02), {"deadline_s": DEADLINE_S}
+    np.testing.assert_array_equal(losses("annealed", flat, **clock), losses("uncorrected", flat, **clock))
+
+
+def test_a_rate_without_a_schedule_is_decoded_without_bias_as_in_training() -> None:
+    clock = {"deadline_s": DEADLINE_S}
+    np.testing.assert_array_equal(losses("annealed", 0.02, **clock), losses("unbiased", 0.02, **clock))
 
 
 def test_a_cold_round_decodes_to_the_bits_of_the_unbiased_decoder() -> None:

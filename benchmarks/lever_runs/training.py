@@ -88,9 +88,10 @@ def train(run: Run) -> Outcome:
     horizon_s = run.rounds * _waiting_round_s(run.setting)
     steps = _steps_within(horizon_s, Trajectory(Experiment(**fields, steps=1, lr=run.lr), job.plan, run.seed))
 
-    def lr(step: int) -> float:
-        return run.lr if run.schedule == "constant" else run.lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    def cosine(step: int) -> float:
+        return run.lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
+    lr = run.lr if run.schedule == "constant" else cosine
     trajectory = Trajectory(Experiment(**fields, steps=steps, lr=lr), job.plan, run.seed)
     average = _Average(trajectory.model)
     scores: list[dict[str, float]] = []

@@ -79,9 +79,10 @@ class Job:
             self._steering = Steering(
                 spec.workers,
                 spec.numel,
-                downlink_bits=spec.downlink_bits,
                 every=spec.replan_every,
                 auto_deadline=spec.rule.deadline_s == "auto",
+                late=spec.rule.late,
+                max_staleness=spec.rule.max_staleness,
                 first_step=spec.first_step,
                 norm=plan.norm,
                 most_batch=spec.most_batch,

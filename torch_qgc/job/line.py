@@ -68,10 +68,7 @@ def fit_line(x: Floats, y: Floats, quantile: float = 0.5) -> Line:
     """
     if not len(x):
         raise PlanError("x: expected at least one point to draw a line through, got none")
-    groups = _groups(x)
-    weights = np.array([len(group) for group in groups]) / len(x)
-    places = np.array([np.median(x[group]) for group in groups])
-    heights, errors = np.array([_quantile(y[group], quantile) for group in groups]).T
+    weights, places, heights, errors = np.array([_group(x[g], y[g], quantile, len(x)) for g in _groups(x)]).T
     center, height = float(weights @ places), float(weights @ heights)
     most = height + _Z * _norm(weights * errors)
     if center == 0.0:
@@ -100,23 +97,37 @@ def _norm(errors: Floats) -> float:
     return float(np.sqrt(errors @ errors))
 
 
-def _groups(x: Floats) -> list[Ints]:
+def _groups(x: Floats) -> list[Ints] | list[slice]:
     """Return the indices of points by x, ascending, with at least LEAST in each group if there are as many."""
     order = np.argsort(x, kind="stable")
     ordered = x[order]
+    steps = np.flatnonzero(ordered[1:] - ordered[:-1] > 1e-9 * ordered[-1]) + 1
+    if not steps.size:
+        return [slice(None)]
     borders = [0]
-    for border in np.flatnonzero(np.diff(ordered) > 1e-9 * ordered[-1]) + 1:
+    for border in steps:
         if min(border - borders[-1], len(x) - border) >= LEAST:
             borders.append(int(border))
     return np.split(order, borders[1:])
 
 
-def _quantile(y: Floats, quantile: float) -> tuple[float, float]:
-    """Return a sample quantile and its standard error, inf for fewer than LEAST points."""
+def _group(x: Floats, y: Floats, quantile: float, count: int) -> tuple[float, float, float, float]:
+    """Return the part of all points that is in a group, its place, its sample quantile, and the standard error of that.
+
+    The error is inf for fewer than LEAST points.
+    """
     ordered = np.sort(y)
     low, high, z = _ranks(len(y), quantile)
     error = (ordered[high] - ordered[low]) / (2.0 * z) if len(y) >= LEAST else math.inf
-    return float(np.quantile(ordered, quantile)), float(error)
+    return len(y) / count, _sample_quantile(np.sort(x), 0.5), _sample_quantile(ordered, quantile), float(error)
+
+
+def _sample_quantile(ordered: Floats, quantile: float) -> float:
+    """Return `np.quantile` of sorted numbers, in a tenth of its time."""
+    position = quantile * (len(ordered) - 1)
+    below = int(position)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    return low + (position - below) * (high - low)
 
 
 @lru_cache(maxsize=1024)

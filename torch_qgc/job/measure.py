@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from torch_qgc.errors import PlanError
 from torch_qgc.job.change import ChangeTest
 from torch_qgc.job.line import Interval, Line, fit_line
+from torch_qgc.job.pace import Pace
 from torch_qgc.job.pauses import Pauses, find_pauses, share_of
 from torch_qgc.planner.checks import Floats, Mask
 from torch_qgc.planner.delays import DelayModel, Empirical
@@ -44,6 +46,7 @@ class Estimate:
     Attributes:
         per_batch_s: seconds per mean batch. fixed_s: seconds per step.
         per_byte_s: seconds per byte. latency_s: seconds per step.
+        down_s: seconds that results are on the way to it, usually; no part of the above.
         pauses: how often it pauses, and how long.
         steps: newest steps it rests on.
         recent: [4, steps] batch, bytes, own and link seconds of each, oldest first.
@@ -55,6 +58,7 @@ class Estimate:
     fixed_s: Interval
     per_byte_s: Interval
     latency_s: Interval
+    down_s: float
     pauses: Pauses
     steps: int
     recent: Floats = field(repr=False)
@@ -65,6 +69,10 @@ class Estimate:
         """Return the median time of an ordinary step, in seconds."""
         own, link = self._lines()
         return float(own.at(batch) + link.at(nbytes))
+
+    def usual_own_s(self, batch: float) -> float:
+        """Return the part of that which is not for the link."""
+        return float(self._lines()[0].at(batch))
 
     def times_s(self, batch: float, nbytes: float) -> Floats:
         """Return [steps] what the whole of each step would have taken: only its usual time changes with its size."""
@@ -87,13 +95,13 @@ class Estimate:
     def parts_s(self, batch: float, nbytes: float) -> Floats:
         """Return the mean time of a step by cause [4], in seconds.
 
-        Compute and link are what its quick steps take (lower quartiles), the tail is by how much the mean of
-        ordinary steps exceeds that, and pauses are what they add to the mean.
+        Compute and link are what its quick steps take (lower quartiles), the latter with results, the tail is by how
+        much the mean of ordinary steps exceeds that, and pauses are what they add to the mean.
         """
         own, link = (line.at(size) for line, size in zip(self.quick, (batch, nbytes)))
         times = self.times_s(batch, nbytes)
         ordinary = times[self.ordinary].mean()
-        return np.array([own, link, max(ordinary - own - link, 0.0), max(times.mean() - ordinary, 0.0)])
+        return np.array([own, link + self.down_s, max(ordinary - own - link, 0.0), max(times.mean() - ordinary, 0.0)])
 
     def _lines(self) -> tuple[Line, Line]:
         return Line(self.per_batch_s, self.fixed_s), Line(self.per_byte_s, self.latency_s)
@@ -126,8 +134,18 @@ class Measurements:
         # Twice as long as the memory, so that it is moved to the front only now and then.
         self._log = np.zeros((workers, 4, 2 * memory))
         self._span = [(0, 0)] * workers  # first and end of what counts
+        self._results = [Pace() for _ in range(workers)]
 
-    def note(self, worker: int, *, batch: float, own_s: float, link_s: float, nbytes: int) -> bool:
+    def note(
+        self,
+        worker: int,
+        *,
+        batch: float,
+        own_s: float,
+        link_s: float,
+        nbytes: int,
+        down_s: float | None = None,
+    ) -> bool:
         """Enter a step; return whether the worker has changed.
 
         Args:
@@ -136,6 +154,7 @@ class Measurements:
             own_s: seconds for loading, forward, backward and update, without waiting for others.
             link_s: seconds that its payloads were on the way, >= 0.
             nbytes: of these payloads together.
+            down_s: seconds that the result before was on the way to it; None: not known.
         Raises:
             PlanError: not such numbers; nothing is entered.
         """
@@ -153,6 +172,8 @@ class Measurements:
         log[:, end] = batch, nbytes, own_s, link_s
         first, end = max(first, end + 1 - self._memory), end + 1
         steps = log[:, first:end]
+        if down_s is not None:
+            self._results[worker].note(down_s)
         newest = self._test.newest(np.maximum(steps[:2], 1e-9), steps[2:])
         self._span[worker] = (end - newest if newest else first), end
         return newest > 0
@@ -160,6 +181,7 @@ class Measurements:
     def forget(self, worker: int) -> None:
         """Start anew with a worker, for instance because another machine has taken its place."""
         self._span[worker] = 0, 0
+        self._results[worker] = Pace()
 
     def steps(self, worker: int) -> int:
         """Return how many steps an estimate would rest on."""
@@ -190,6 +212,7 @@ class Measurements:
             fixed_s=own.intercept,
             per_byte_s=link.slope,
             latency_s=link.intercept,
+            down_s=self._results[worker].usual_s or 0.0,
             pauses=Pauses(share_of(count, len(times)), length_s),
             steps=len(times),
             recent=recent,
@@ -197,18 +220,22 @@ class Measurements:
             quick=quick,
         )
 
-    def causes(self) -> list[str]:
-        """Return the cause of every worker's slowness, see `cause`; "none" for workers without steps."""
-        seen = [worker for worker in range(len(self._span)) if self.steps(worker)]
+    def causes(self, estimates: Mapping[int, Estimate] | None = None) -> list[str]:
+        """Return the cause of every worker's slowness, see `cause`; "none" for workers without steps.
+
+        Args:
+            estimates: of the workers to be compared, where they are at hand; default: of all that have steps.
+        """
+        if estimates is None:
+            estimates = {k: self.estimate(k) for k in range(len(self._span)) if self.steps(k)}
         causes = ["none"] * len(self._span)
-        if not seen:
+        if not estimates:
             return causes
-        estimates = [self.estimate(worker) for worker in seen]
-        nbytes = float(np.median([np.median(estimate.recent[1]) for estimate in estimates]))
-        parts = np.array([estimate.parts_s(1.0, nbytes) for estimate in estimates])
+        nbytes = float(np.median([np.median(estimate.recent[1]) for estimate in estimates.values()]))
+        parts = np.array([estimate.parts_s(1.0, nbytes) for estimate in estimates.values()])
         excess = parts - np.median(parts, axis=0)
         noticeable = _NOTICEABLE * float(np.median(parts.sum(axis=1)))
-        for worker, row in zip(seen, excess):
+        for worker, row in zip(estimates, excess):
             if row.max() > noticeable:
                 causes[worker] = CAUSES[int(row.argmax())]
         return causes

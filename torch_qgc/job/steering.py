@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from torch_qgc.job.courses import Course
+from torch_qgc.job.levers import WORTHWHILE, Speeds, UsualRounds, choose_bits, cut_batches
 from torch_qgc.job.measure import Estimate, Measurements
 from torch_qgc.job.stopwatch import Timed
 from torch_qgc.kernels import payload_bytes
 from torch_qgc.planner import Plan
-from torch_qgc.planner.batches import Batches, apportion, choose_batches
-from torch_qgc.planner.bits import allocate_bits
 from torch_qgc.planner.cadence import JobRounds
 from torch_qgc.planner.checks import Floats, Ints
-from torch_qgc.planner.deadline import choose_deadline
+from torch_qgc.planner.deadline import DeadlineChoice, DeadlineCosts
 from torch_qgc.planner.delays import Empirical
-from torch_qgc.planner.links import bits_within
 from torch_qgc.planner.shares import error_factors
-from torch_qgc.planner.variance import PASS_THROUGH_BITS, NoiseRatio, Norm, RunningVariance
+from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS, NoiseRatio, Norm, RunningVariance
 
 __all__ = ["Choice", "Steering"]
 
 #: Steps of a worker from which its speed is known well enough to act on.
 LEAST_STEPS = 6
 
-#: Samples that every batch has: as many as a thin one.
-LEAST_SAMPLES = 2
-
-# A plan is changed for a batch or a deadline that differs by more than this, and a deadline is set for a gain above it:
-# below, estimates differ by chance.
-_WORTHWHILE = 0.1
+# Until it is measured: the variance of a batch's gradient over the square of the gradient, for most of training.
+_NOISE = 8.0
+_SURPRISING = 2.0  # contributions per round over what the plan in force expects of a worker
 _PATIENCE = 3.0  # rounds of usual length, after which a step closes in any case
+_DEADLINES = 24  # that are tried: neighbours differ by a tenth or so
 _LEAST_RATE = 0.01  # contributions per round that shares reckon with, so that everybody keeps one
+_PANELS = 128  # of the sums behind each
 _ROWS = 64  # of the delays that deadlines are chosen from
 
 
@@ -73,12 +72,12 @@ class Steering:
     Args:
         workers: K.
         numel: coordinates of the gradient.
-        downlink_bits: of results.
         every: steps between two plans, if nothing has changed.
         auto_deadline: choose the deadline, too.
         first_step: of the job.
         norm: of the codec.
         most_batch: largest batch of a worker, in mean batches.
+        late, max_staleness: of the job's `ClosingRule`.
     """
 
     def __init__(
@@ -86,15 +85,16 @@ class Steering:
         workers: int,
         numel: int,
         *,
-        downlink_bits: int = PASS_THROUGH_BITS,
         every: int,
         auto_deadline: bool,
         first_step: int = 0,
         norm: Norm = "max",
         most_batch: float = 2.0,
+        late: Literal["fold", "drop"] = "fold",
+        max_staleness: int = 32,
     ) -> None:
+        self._late, self._max_staleness = late, max_staleness
         self._most_batch = most_batch
-        self._down_bytes = payload_bytes(numel, downlink_bits)
         self._numel, self._every, self._auto_deadline = numel, every, auto_deadline
         self.measurements = Measurements(workers)
         self.variance = RunningVariance(workers, norm=norm)
@@ -113,8 +113,9 @@ class Steering:
             worker,
             batch=timed.samples / timed.batch_size if known else 1.0,
             own_s=timed.own_s,
-            link_s=timed.link_s + (timed.down_s or 0.0),
-            nbytes=payload_bytes(self._numel, bits) + (0 if timed.down_s is None else self._down_bytes),
+            link_s=timed.link_s,
+            nbytes=payload_bytes(self._numel, bits),
+            down_s=timed.down_s,
         )
 
     def is_due(self, step: int, alive: frozenset[int]) -> bool:
@@ -138,128 +139,106 @@ class Steering:
         assert self._alive is not None
         alive = sorted(self._alive)
         estimates = {k: self.measurements.estimate(k) for k in alive}
-        plan = course.plan
-        batches = self._batches(estimates, course)
-        plan = self._with_noise(dataclasses.replace(plan, batches=batches), plan.bits)
-        rounds = JobRounds(Empirical(delays_s=self._delays_s(estimates, plan), caution=0.0))
-        deadline_s, late, speedup = course.deadline_s, np.zeros(len(alive)), 1.0
-        moves = plan.one_part_each and bool(self._moves[alive].all())
-        if self._auto_deadline:
-            choice = choose_deadline(rounds, lambda p: _Living(plan, alive, p, moves))
-            # Where nothing that was seen is worth a deadline, there is one for what was not: a pause that comes for the
-            # first time, or seldom, must not hold everybody up for as long as it lasts.
-            deadline_s = _PATIENCE * rounds.waiting().round_s
-            if choice.speedup > 1.0 + _WORTHWHILE:
-                deadline_s, speedup = choice.deadline_s, choice.speedup
-            late = 1.0 - rounds.cadence(deadline_s).rates
-        elif deadline_s is not None:
-            late = 1.0 - rounds.cadence(deadline_s).rates
+        now = self._with_noise(course.plan)
+        moves = now.one_part_each and bool(self._moves[alive].all())
+        plan = self._with_levers(now, estimates, course.deadline_s, moves)
+        costs = self._costs(plan, estimates, moves)
+        choice = self._deadline(costs, course.deadline_s)
+        deadline_s = None if math.isinf(choice.deadline_s) else choice.deadline_s
         p = np.array(plan.straggle_probs)
-        p[alive] = np.clip(late, 0.0, 0.99)
+        p[alive] = np.clip(choice.straggle_probs, 0.0, 0.99)
+        expected = np.maximum(1.0 - np.array([p, now.straggle_probs]), 0.01)
+        surprising = np.abs(np.log(expected[0] / expected[1])) > np.log(_SURPRISING)
+        if deadline_s == course.deadline_s and plan is now and not surprising.any():
+            return None
         if moves:
             plan = plan.shared_out(_delivered(plan.batches, p, alive))
-        bits = self._bits(plan, p, estimates, batches, deadline_s)
-        made = self._with_noise(dataclasses.replace(plan, straggle_probs=p), bits)
-        if not self._differs(course, made, deadline_s):
-            return None
-        return Choice(made, deadline_s, speedup, tuple(self.measurements.causes()))
+        made = self._with_noise(dataclasses.replace(plan, straggle_probs=p))
+        return Choice(made, deadline_s, choice.speedup, tuple(self.measurements.causes(estimates)))
 
     # --- levers -------------------------------------------------------------------------------------------------
 
-    def _batches(self, estimates: dict[int, Estimate], course: Course) -> Floats:
-        """Return batches that let everybody make the step, or those of the plan if they are about as good."""
-        plan, alive = course.plan, list(estimates)
+    def _deadline(self, costs: DeadlineCosts, now_s: float | None) -> DeadlineChoice:
+        """Return the deadline that is best, or the one at hand if that is about as good."""
+        if not self._auto_deadline:
+            return costs.at(now_s)
+        best = costs.least(grid=_DEADLINES)
+        if best.speedup < WORTHWHILE:
+            # Where nothing that was seen is worth a deadline, there is one for what was not: a pause that comes for the
+            # first time, or seldom, must not hold everybody up for as long as it lasts.
+            best = costs.at(_PATIENCE * costs.waiting.round_time_s)
+        if now_s is None or now_s > 1.25 * max(best.deadline_s, _PATIENCE * costs.waiting.round_time_s):
+            return best
+        now = costs.at(now_s)
+        good = len(now.unheard) <= len(best.unheard) and now.objective < WORTHWHILE * best.objective
+        return now if good else best
+
+    def _with_levers(self, plan: Plan, estimates: dict[int, Estimate], deadline_s: float | None, moves: bool) -> Plan:
+        """Return a plan with batches and bits by what makes each worker slow; the plan itself if it is as good."""
+        alive = list(estimates)
+        now, shares = plan.batches[alive], plan.shares[alive]
+        bits, batches = np.array(plan.bits), np.array(plan.batches)
+        speeds = Speeds.of(estimates, now)
+        limit_s = math.inf if self._auto_deadline or deadline_s is None else deadline_s
+        rounds = UsualRounds(shares=shares / shares.sum(), limit_s=limit_s, folds=self._late == "fold", moves=moves)
+        if not np.any(bits == PASS_THROUGH_BITS):
+            table = self._noise_table(plan.batches)[alive]
+            error = error_factors(plan.straggle_probs[alive, None], table) * shares[:, None] ** 2
+            others = int(plan.bits.sum() - bits[alive].sum())
+            budget = (int(plan.spent_bits) if plan.bit_budget is None else plan.bit_budget) - others
+            bits[alive] = choose_bits(speeds, rounds, now, table, error, budget, self._numel, plan.bits[alive])
         size = int(self._batch_size[alive].min())
-        if not size or len(alive) < 2:
-            return plan.batches
-        nbytes = [self._bytes(plan.bits[k]) for k in alive]
-        now = plan.batches[alive]
-        per_batch, most, own_s, link_s = np.array(
-            [
-                (
-                    e.per_batch_s.value,
-                    e.per_batch_s.high,
-                    e.fixed_s.value + e.per_batch_s.value * batch,
-                    e.latency_s.value + e.per_byte_s.value * n,
-                )
-                for e, batch, n in zip(estimates.values(), now, nbytes)
-            ]
-        ).T
+        if size and len(alive) > 1:
+            ways_s, variance = self._ways_s(speeds, bits[alive]), plan.variance[alive]
+            batches[alive] = cut_batches(speeds, rounds, ways_s, variance, now, size, self._most_batch)
+        if np.array_equal(bits, plan.bits) and np.array_equal(batches, plan.batches):
+            return plan
+        gone = np.setdiff1d(np.arange(plan.num_workers), alive)
+        batches[gone] = 1.0  # who comes back may be another
+        return self._with_noise(dataclasses.replace(plan, batches=batches), bits)
 
-        def chosen(per_batch: Floats) -> Batches:
-            per_batch = np.maximum(per_batch, 1e-9)
-            # What the link takes is no time for computing.
-            return choose_batches(per_batch, np.maximum(own_s - per_batch * now + link_s, 0.0), most=self._most_batch)
-
-        # All others wait for whoever is thought to be quick with any batch, and sizes that hardly differ cannot tell.
-        # So as much of a worker's time counts as the batch's as may be, unless it is late and can make no step.
-        late = np.zeros_like(now, dtype=np.bool_) if course.deadline_s is None else own_s + link_s > course.deadline_s
-        per_batch = np.where(late & chosen(per_batch).asynchronous, per_batch, np.minimum(most, own_s / now))
-        batches = np.ones(plan.num_workers)  # who is gone had perhaps fewer: the mean stays 1, and it may come back
-        # Samples come in whole ones.
-        batches[alive] = apportion(chosen(per_batch).batches, size, min(size, LEAST_SAMPLES)) / size
-        return batches if _far(batches, plan.batches) else plan.batches
-
-    def _bits(
-        self, plan: Plan, p: Floats, estimates: dict[int, Estimate], batches: Floats, deadline_s: float | None
-    ) -> Ints:
-        """Return the bits with the least error that links carry in time, within the budget."""
-        if np.all(plan.bits == PASS_THROUGH_BITS):
-            return plan.bits
-        most = np.full(plan.num_workers, 16)
-        if deadline_s is not None:
-            for k, e in estimates.items():
-                byte_s = max(e.per_byte_s.value, 0.0)
-                own_s = e.fixed_s.value + e.per_batch_s.value * batches[k]
-                left_s = deadline_s - own_s - e.latency_s.value - byte_s * self._down_bytes
-                most[k] = min(int(bits_within(left_s, [byte_s], self._numel)[0]), 16)
-        budget = int(plan.spent_bits) if plan.bit_budget is None else plan.bit_budget
-        delta = error_factors(p[:, None], self._noise_table(batches))
-        with np.errstate(invalid="ignore"):
-            table = np.where(np.isfinite(delta), -delta * plan.shares[:, None] ** 2, -np.inf)
-        bits = allocate_bits(table, budget, most_bits=most)
-        rows = np.arange(plan.num_workers)
-        old = np.minimum(plan.bits, most)
-        better = float(table[rows, bits].sum()) > (1.0 - _WORTHWHILE) * float(table[rows, old].sum())
-        return bits if better or np.any(old < plan.bits) else plan.bits
+    def _costs(self, plan: Plan, estimates: dict[int, Estimate], moves: bool) -> DeadlineCosts:
+        delays = Empirical(delays_s=self._delays_s(estimates, plan), caution=0.0)
+        alive = list(estimates)
+        speeds = Speeds.of(estimates, plan.batches[alive])
+        ways_s = self._ways_s(speeds, plan.bits[alive])
+        rounds = JobRounds(delays, late=self._late, max_staleness=self._max_staleness, ways_s=ways_s, panels=_PANELS)
+        return DeadlineCosts(rounds, lambda p: _Living(plan, alive, p, moves))
 
     def _noise_table(self, batches: Floats) -> Floats:
         """Return the relative variance of workers at each number of bits, [K, 17], batch noise included."""
-        q = self.variance.table(16)
-        eta = self.noise.ratios(default=1.0, batches=batches)[:, None]
+        q = self.variance.table(MOST_BITS)
+        eta = self.noise.ratios(default=_NOISE, batches=batches)[:, None]
         q[:, :2] = np.inf
         return np.where(np.isinf(q), np.inf, q * (1.0 + eta) + eta)
 
-    def _with_noise(self, plan: Plan, bits: Ints) -> Plan:
+    def _with_noise(self, plan: Plan, bits: Ints | None = None) -> Plan:
         """Return a plan with these bits, and the variance that was measured at them."""
-        eta = self.noise.ratios(default=1.0, batches=plan.batches)
+        bits = plan.bits if bits is None else bits
+        eta = self.noise.ratios(default=_NOISE, batches=plan.batches)
         plain = bits == PASS_THROUGH_BITS
-        at = self._noise_table(plan.batches)[np.arange(len(bits)), np.where(plain, 16, bits)]
-        budget = None if plan.bit_budget is None else max(plan.bit_budget, int(bits.sum()))
-        return dataclasses.replace(plan, bits=bits, variance=np.where(plain, eta, at), bit_budget=budget)
+        at = self._noise_table(plan.batches)[np.arange(len(bits)), np.where(plain, MOST_BITS, bits)]
+        # What is not spent for now may be spent later.
+        budget = int(plan.spent_bits) if plan.bit_budget is None else plan.bit_budget
+        return dataclasses.replace(
+            plan, bits=bits, variance=np.where(plain, eta, at), bit_budget=max(budget, int(bits.sum()))
+        )
+
+    def _ways_s(self, speeds: Speeds, bits: Ints) -> Floats:
+        return speeds.ways_s(np.array([self._bytes(b) for b in bits], dtype=np.float64))
+
+    def _bytes(self, bits: int) -> int:
+        return payload_bytes(self._numel, int(bits))
 
     def _delays_s(self, estimates: dict[int, Estimate], plan: Plan) -> Floats:
         """Return [rows, workers] seconds that steps would take: quantiles of each worker's newest steps."""
         levels = (np.arange(_ROWS) + 0.5) / _ROWS
         return np.column_stack(
             [
-                np.quantile(estimate.times_s(float(plan.batches[k]), self._bytes(plan.bits[k])), levels)
-                for k, estimate in estimates.items()
+                np.quantile(e.down_s + e.times_s(float(plan.batches[k]), self._bytes(plan.bits[k])), levels)
+                for k, e in estimates.items()
             ]
         )
-
-    def _bytes(self, bits: int) -> int:
-        """Return what a step takes on a link, both ways."""
-        return payload_bytes(self._numel, int(bits)) + self._down_bytes
-
-    def _differs(self, course: Course, plan: Plan, deadline_s: float | None) -> bool:
-        old = course.plan
-        deadlines = (deadline_s, course.deadline_s)
-        if None in deadlines:
-            other_deadline = deadlines[0] is not deadlines[1]
-        else:
-            other_deadline = _far(np.array([deadlines[0]]), np.array([deadlines[1]]))
-        return other_deadline or bool(np.any(plan.bits != old.bits)) or _far(plan.batches, old.batches)
 
 
 class _Living:
@@ -279,7 +258,3 @@ def _delivered(batches: Floats, straggle_probs: Floats, alive: list[int]) -> Flo
     rates = np.full_like(batches, _LEAST_RATE)
     rates[alive] = np.clip(1.0 - straggle_probs[alive], _LEAST_RATE, 1.0)
     return batches * rates / (batches @ rates)
-
-
-def _far(values: Floats, others: Floats) -> bool:
-    return bool(np.any(np.abs(np.log(values / others)) > np.log1p(_WORTHWHILE)))

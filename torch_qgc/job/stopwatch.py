@@ -36,11 +36,25 @@ class _Running(NamedTuple):
     begin: Begin
     at_s: float
     down_s: float | None
-    delivered: int
+    delivered: int = 0
+
+
+class _Delivered(NamedTuple):
+    step: int
+    sent_s: float
+    at_s: float
+
+
+# An announcement that comes so soon after a payload, as a part of the time which that was on its way, came behind it.
+_BEHIND = 0.05
+_KEPT = 64  # steps
 
 
 class Stopwatch:
     """Time workers' steps without a common clock: two of one's own are compared, and two of the aggregator's.
+
+    A late worker begins its next step while its payload is still on the way, and the announcement queues behind that.
+    Then the step is taken to have begun when the worker had sent the payload and had the result of the step before.
 
     Args:
         chunks: how many payloads of a step come here.
@@ -48,20 +62,30 @@ class Stopwatch:
 
     def __init__(self, chunks: int) -> None:
         self._chunks = chunks
-        self._running: dict[int, _Running] = {}  # by worker
-        self._delivered: dict[int, int] = {}  # worker -> the newest step that it has delivered in full
-        self._closed: tuple[int, float, frozenset[int]] = (-1, 0.0, frozenset())  # step, when, who waited for it
+        self._running: dict[int, _Running] = {}  # by worker, as the next two
+        self._delivered: dict[int, _Delivered] = {}
+        self._down_s: dict[int, float] = {}
+        self._closed_at_s: dict[int, float] = {}  # by step
 
     def begin(self, worker: int, begin: Begin, now: float) -> None:
         """Note that a worker begins a step."""
+        self._running.pop(worker, None)
         if begin.thin:
-            self._running.pop(worker, None)
-        else:
-            step, closed_at_s, waited = self._closed
-            down_s = None
-            if begin.step == step + 1 and worker in waited:
-                down_s = max(now - closed_at_s - begin.outside_s, 0.0)
-            self._running[worker] = _Running(begin, now, down_s, 0)
+            return
+        at_s, down_s, last = now, None, self._delivered.get(worker)
+        closed_s = None if last is None else self._closed_at_s.get(last.step)
+        if last is not None and closed_s is not None:
+            if last.at_s <= closed_s and last.step == begin.step - 1:  # it has waited for the result
+                down_s = self._down_s[worker] = max(now - closed_s - begin.outside_s, 0.0)
+            elif now - last.at_s <= _BEHIND * (last.at_s - last.sent_s):
+                had_s = max(last.sent_s, closed_s + self._down_s.get(worker, 0.0))
+                at_s = min(now, had_s + begin.outside_s)
+        self._running[worker] = _Running(begin, at_s, down_s)
+
+    def close(self, step: int, now: float) -> None:
+        """Note that a step has closed for all chunks that come here."""
+        self._closed_at_s.setdefault(step, now)
+        self._closed_at_s.pop(step - _KEPT, None)
 
     def push(self, worker: int, push: Push, now: float) -> Timed | None:
         """Note a payload; return what the step took if this was its last one here."""
@@ -73,15 +97,9 @@ class Stopwatch:
             self._running[worker] = running
             return None
         del self._running[worker]
-        self._delivered[worker] = push.step
-        link_s = max(now - running.at_s - push.spent_s, 0.0)
-        own_s = running.begin.outside_s + push.spent_s
+        sent_s, last = running.at_s + push.spent_s, self._delivered.get(worker)
+        link_s = max(now - (sent_s if last is None else max(sent_s, last.at_s)), 0.0)
+        self._delivered[worker] = _Delivered(push.step, sent_s, now)
         begin = running.begin
+        own_s = begin.outside_s + push.spent_s
         return Timed(push.step, begin.samples, begin.batch_size, begin.moves, own_s, link_s, running.down_s)
-
-    def close(self, step: int, now: float) -> None:
-        """Note that the results of all steps up to this one are sent, to all at once."""
-        if step <= self._closed[0]:
-            return
-        waited = frozenset(worker for worker, delivered in self._delivered.items() if delivered == step)
-        self._closed = step, now, waited

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from torch_qgc.errors import PlanError
 from torch_qgc.planner.checks import Floats
@@ -13,8 +14,6 @@ from torch_qgc.planner.delays import DelayModel
 
 __all__ = ["Cadence", "IndependentRounds", "JobRounds", "Rounds", "expected_round_time"]
 
-_PANELS = 384
-_MOST_KINKS = 256
 _SELDOM, _OFTEN = 0.01, 0.1  # how often deadlines are missed
 _NEVER = 1e-3  # who is late more often than that however long a round lasts does not always come
 
@@ -93,6 +92,9 @@ class JobRounds:
     point in tau is found by iteration, from the longest round down. A payload older than `max_staleness` is lost, and
     then its worker finds no way back into the rounds of the others, unless it is late in less than 1 % of steps. Where
     late payloads are dropped all of them are lost, and their worker waits for the next round: half of one on average.
+    A late worker computes again while its payload and the next result are on the way: in r_k, its steps take the
+    largest of their parts and not the sum. Where a way is busy for longer than the worker and a round are, payloads
+    queue until they are `max_staleness` rounds old.
     Integrals are sums over panels, good to a thousandth of a round. What comes later than the largest deadline of
     `search_s` is taken to come then; what never comes is lost, and its worker goes on then.
 
@@ -100,27 +102,41 @@ class JobRounds:
         delays: of K workers: all the time from a step's beginning to the arrival of its payload.
         late: what becomes of late payloads: "fold" lets them enter a later round, "drop" loses them.
         max_staleness: how many rounds old a payload may be that is folded.
+        panels: more: finer sums, and more to compute.
+        ways_s: [W, K] seconds of each delay that a payload, and a result, are on the way; none: too few to matter.
     """
 
-    def __init__(self, delays: DelayModel, *, late: Literal["fold", "drop"] = "fold", max_staleness: int = 8) -> None:
+    def __init__(
+        self,
+        delays: DelayModel,
+        *,
+        late: Literal["fold", "drop"] = "fold",
+        max_staleness: int = 8,
+        ways_s: ArrayLike = (),
+        panels: int = 384,
+    ) -> None:
         if late not in ("fold", "drop") or max_staleness < 0:
             raise PlanError(
                 f"expected late = 'fold' or 'drop' and max_staleness >= 0 rounds, got {late!r} and {max_staleness}"
             )
         self._delays, self._folds, self._max_staleness = delays, late == "fold", max_staleness
+        ways = np.asarray(ways_s, dtype=np.float64)
+        self._on_the_way_s: Floats = ways.sum(axis=0)
+        self._busy_s: Floats = ways.max(axis=0, initial=0.0)
         self.least_counted = 0.5 if self._folds else 0.05  # who drops late payloads has chosen to lose many
         longest_s = _all_in(delays)
         kinks = delays.breakpoints()
         kinks = kinks[(kinks > 0) & (kinks < longest_s)]
-        if len(kinks) > _MOST_KINKS:
-            kinks = np.quantile(kinks, np.linspace(0.0, 1.0, _MOST_KINKS))
-        self._edges = np.union1d(np.append(0.0, np.geomspace(1e-4 * longest_s, longest_s, _PANELS)), kinks)
+        if len(kinks) > panels * 2 // 3:
+            kinks = np.quantile(kinks, np.linspace(0.0, 1.0, panels * 2 // 3))
+        self._edges = np.union1d(np.append(0.0, np.geomspace(1e-4 * longest_s, longest_s, panels)), kinks)
         self._widths = np.diff(self._edges)
         middles = self._edges[:-1] + self._widths / 2.0
         self._tails = delays.late_fraction(middles).reshape(len(middles), -1)  # [panels, K]
         areas = np.cumsum(self._tails * self._widths[:, None], axis=0)
         self._areas = np.concatenate([np.zeros_like(areas[:1]), areas])
         last = np.atleast_1d(delays.late_fraction(longest_s))
+        self._all_come = not last.any()
         self._never = np.where(np.atleast_1d(delays.late_fraction(2.0 * longest_s)) < last, 0.0, last)
         # A round closes on no fewer than half of the workers.
         half = np.flatnonzero(np.sum(1.0 - self._tails, axis=1) >= max(self._tails.shape[1] // 2, 1) - 1e-9)
@@ -130,16 +146,23 @@ class JobRounds:
         """Return how the job goes on with a deadline."""
         late = np.atleast_1d(self._delays.straggle_probability(deadline_s))
         spent_late_s = deadline_s * late + self._areas[-1] - self._area(deadline_s)
-        round_s, begun = self._settle(deadline_s, late, spent_late_s)
+        own_s = spent_late_s - late * self._on_the_way_s  # of late steps, like those
+        spent_s = np.maximum(own_s, late * self._busy_s) if self._folds else spent_late_s
+        round_s, begun = self._settle(deadline_s, late, spent_s)
         lost, staleness = late, np.zeros_like(late)
         if self._folds:
             lost = np.where(late > _SELDOM, np.maximum(self._too_old(deadline_s, late, round_s), self._never), late)
-            staleness = spent_late_s / round_s
+            queues = late * self._busy_s > np.maximum(own_s, late * round_s) * (1.0 + 1e-9)
+            staleness = np.where(queues, late * self._max_staleness, spent_late_s / round_s)
         return Cadence(round_s=round_s, rates=begun * (1.0 - lost), counted=1.0 - lost, staleness=staleness)
 
     def waiting(self) -> Cadence:
         """Return how it goes on if every round waits for all."""
-        return _waiting(self._delays, self.search_s[1])
+        if not self._all_come:
+            return _waiting(self._delays, self.search_s[1])
+        everybody = np.ones_like(self._never)
+        round_s = self._longest_wait(self.search_s[1], everybody)
+        return Cadence(round_s=round_s, rates=everybody, counted=everybody, staleness=np.zeros_like(everybody))
 
     def _too_old(self, deadline_s: float, late: Floats, round_s: float) -> Floats:
         """Return [K] the chance that a payload is more than `max_staleness` rounds late, begun anywhere in a round."""
@@ -190,8 +213,12 @@ def expected_round_time(delays: DelayModel, deadline_s: float) -> float:
     if not 0.0 < deadline_s < np.inf:
         raise PlanError(f"deadline_s: expected a positive, finite number of seconds, got {deadline_s}")
     kinks = delays.breakpoints()
-    edges = np.union1d(np.linspace(0.0, deadline_s, 129), kinks[(kinks > 0) & (kinks < deadline_s)])
-    nodes, weights = np.polynomial.legendre.leggauss(12 if len(edges) < 1024 else 2)
+    kinks = kinks[(kinks > 0) & (kinks < deadline_s)]
+    few = len(kinks) < 1024  # of so many steps each is small
+    if not few:
+        kinks = np.quantile(kinks, np.linspace(0.0, 1.0, 512))
+    edges = np.union1d(np.linspace(0.0, deadline_s, 129), kinks)
+    nodes, weights = np.polynomial.legendre.leggauss(12 if few else 2)
     half = np.diff(edges) / 2.0
     times = (edges[:-1] + half)[:, None] + half[:, None] * nodes
     late = delays.late_fraction(times).reshape(*times.shape, -1)

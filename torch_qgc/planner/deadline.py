@@ -13,7 +13,7 @@ from torch_qgc.errors import PlanError
 from torch_qgc.planner.cadence import Cadence, Rounds
 from torch_qgc.planner.checks import Floats, Mask
 
-__all__ = ["DeadlineChoice", "Outlook", "choose_deadline"]
+__all__ = ["DeadlineChoice", "DeadlineCosts", "Outlook", "choose_deadline"]
 
 
 class Outlook(Protocol):
@@ -102,80 +102,98 @@ def choose_deadline(
     Raises:
         PlanError: no deadline in the range at which anybody arrives; a bad range; whatever `plan` raises.
     """
-    from scipy.optimize import minimize_scalar
-
-    low, high = rounds.search_s if search_s is None else search_s
-    if not 0.0 < low < high < np.inf:
-        raise PlanError(f"search_s: expected 0 < least < largest deadline in seconds, got {low} and {high}")
-    objective = _Objective(rounds, plan, beta, staleness_weight, overhead_s, must_hear)
-    times = np.geomspace(low, high, grid)
-    tried = [objective(float(t)) for t in times]
-    best = min(range(grid), key=lambda i: _rank(tried[i]))
-    if not np.isfinite(tried[best].objective):
-        raise PlanError(f"search_s: expected a deadline at which somebody arrives, got {low} .. {high} s; extend it")
-    bracket = (float(times[max(best - 1, 0)]), float(times[min(best + 1, grid - 1)]))
-    refined = minimize_scalar(
-        lambda t: objective(float(t)).objective, bounds=bracket, method="bounded", options={"xatol": 1e-10}
+    costs = DeadlineCosts(
+        rounds,
+        plan,
+        beta=beta,
+        staleness_weight=staleness_weight,
+        overhead_s=overhead_s,
+        must_hear=must_hear,
     )
-    least = min(tried[best], objective(float(refined.x)), key=_rank)
-    return _middle(tried, best, least, slack, objective) if slack else least
+    return costs.least(search_s, slack=slack, grid=grid)
 
 
-def _middle(
-    tried: list[DeadlineChoice],
-    best: int,
-    least: DeadlineChoice,
-    slack: float,
-    objective: Callable[[float], DeadlineChoice],
-) -> DeadlineChoice:
-    """Return the middle, on a log scale, of the deadlines around the best one that cost hardly more.
+class DeadlineCosts:
+    """What deadlines cost: J(T), and everything that it is made of.
 
-    It is at most twice the shortest of them, because a worker that hangs holds a round up for that long.
+    Args:
+        rounds, plan, beta, staleness_weight, overhead_s, must_hear: as in `choose_deadline`.
+    Attributes:
+        waiting: what it costs to wait for all in every round; its deadline_s is inf, and its objective if somebody
+            never comes.
     """
-
-    def good(choice: DeadlineChoice) -> bool:
-        return len(choice.unheard) == len(least.unheard) and choice.objective <= least.objective * (1.0 + slack)
-
-    first = last = best
-    while first > 0 and good(tried[first - 1]):
-        first -= 1
-    while last + 1 < len(tried) and good(tried[last + 1]):
-        last += 1
-    shortest, longest = tried[first].deadline_s, tried[last].deadline_s
-    middle = objective(min(float(np.sqrt(shortest * longest)), 2.0 * shortest))
-    return middle if good(middle) else least
-
-
-def _rank(choice: DeadlineChoice) -> tuple[int, float]:
-    return len(choice.unheard), choice.objective
-
-
-class _Objective:
-    """J(T), and everything that it is made of."""
 
     def __init__(
         self,
         rounds: Rounds,
         plan: Callable[[Floats], Outlook],
-        beta: float,
-        staleness_weight: float,
-        overhead_s: float,
-        must_hear: ArrayLike | None,
+        *,
+        beta: float = 1.0,
+        staleness_weight: float = 1.0,
+        overhead_s: float = 0.0,
+        must_hear: ArrayLike | None = None,
     ) -> None:
         self._rounds, self._plan = rounds, plan
         self._beta, self._staleness_weight, self._overhead_s = beta, staleness_weight, overhead_s
         ever = rounds.cadence(rounds.search_s[1]).counted >= max(rounds.least_counted, 1e-9)
         self._must_hear: Mask = ever if must_hear is None else ever & np.asarray(must_hear, dtype=bool)
         waiting = rounds.waiting()
-        self._waiting = self._cost(waiting)[0] if np.isfinite(waiting.round_s) else np.inf
+        self._waiting_objective = self._cost(waiting)[0]
+        self.waiting = self._choice(np.inf, waiting)
 
-    def __call__(self, deadline_s: float) -> DeadlineChoice:
-        cadence = self._rounds.cadence(deadline_s)
+    def at(self, deadline_s: float | None) -> DeadlineChoice:
+        """Return what a deadline costs; None waits for all."""
+        return self.waiting if deadline_s is None else self._choice(deadline_s, self._rounds.cadence(deadline_s))
+
+    def least(
+        self, search_s: tuple[float, float] | None = None, *, slack: float = 0.05, grid: int = 64
+    ) -> DeadlineChoice:
+        """Return the deadline that costs least, or hardly more; see `choose_deadline`."""
+        from scipy.optimize import minimize_scalar
+
+        low, high = self._rounds.search_s if search_s is None else search_s
+        if not 0.0 < low < high < np.inf:
+            raise PlanError(f"search_s: expected 0 < least < largest deadline in seconds, got {low} and {high}")
+        times = np.geomspace(low, high, grid)
+        tried = [self.at(float(t)) for t in times]
+        best = min(range(grid), key=lambda i: _rank(tried[i]))
+        if not np.isfinite(tried[best].objective):
+            raise PlanError(
+                f"search_s: expected a deadline at which somebody arrives, got {low} .. {high} s; extend it"
+            )
+        bracket = (float(times[max(best - 1, 0)]), float(times[min(best + 1, grid - 1)]))
+        # Where hardly more may be paid, the exact minimum is not worth many looks.
+        accuracy = 1e-10 + 2.0 * slack * (bracket[1] - bracket[0])
+        refined = minimize_scalar(
+            lambda t: self.at(float(t)).objective, bounds=bracket, method="bounded", options={"xatol": accuracy}
+        )
+        exact = min(tried[best], self.at(float(refined.x)), key=_rank)
+        return self._middle(tried, best, exact, slack) if slack else exact
+
+    def _middle(self, tried: list[DeadlineChoice], best: int, least: DeadlineChoice, slack: float) -> DeadlineChoice:
+        """Return the middle, on a log scale, of the deadlines around the best one that cost hardly more.
+
+        It is at most twice the shortest of them, because a worker that hangs holds a round up for that long.
+        """
+
+        def good(choice: DeadlineChoice) -> bool:
+            return len(choice.unheard) == len(least.unheard) and choice.objective <= least.objective * (1.0 + slack)
+
+        first = last = best
+        while first > 0 and good(tried[first - 1]):
+            first -= 1
+        while last + 1 < len(tried) and good(tried[last + 1]):
+            last += 1
+        shortest, longest = tried[first].deadline_s, tried[last].deadline_s
+        middle = self.at(min(float(np.sqrt(shortest * longest)), 2.0 * shortest))
+        return middle if good(middle) else least
+
+    def _choice(self, deadline_s: float, cadence: Cadence) -> DeadlineChoice:
         cost, residual = self._cost(cadence)
         return DeadlineChoice(
             deadline_s=deadline_s,
             objective=cost,
-            waiting_objective=self._waiting,
+            waiting_objective=self._waiting_objective,
             residual=residual,
             round_time_s=cadence.round_s + self._overhead_s,
             straggle_probs=1.0 - cadence.rates,
@@ -185,9 +203,13 @@ class _Objective:
 
     def _cost(self, cadence: Cadence) -> tuple[float, float]:
         """Return J, and the plan's residual."""
-        if not cadence.rates.any():
+        if not cadence.rates.any() or np.isinf(cadence.round_s):
             return np.inf, np.inf
         plan = self._plan(np.clip(1.0 - cadence.rates, 0.0, 1.0))
         stale = float(plan.shares @ cadence.staleness)
         noiseless = self._beta * (1.0 + self._staleness_weight * stale)
         return (cadence.round_s + self._overhead_s) * (noiseless + plan.residual_bound), plan.residual_bound
+
+
+def _rank(choice: DeadlineChoice) -> tuple[int, float]:
+    return len(choice.unheard), choice.objective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -153,6 +153,7 @@ class Empirical:
 
     delays_s: ArrayLike
     caution: float = 1.0
+    _columns: Floats = field(init=False, repr=False, compare=False)  # [K, rounds], sorted
 
     def __post_init__(self) -> None:
         delays = np.array(self.delays_s, dtype=np.float64)
@@ -162,6 +163,7 @@ class Empirical:
             )
         delays.setflags(write=False)
         object.__setattr__(self, "delays_s", delays)
+        object.__setattr__(self, "_columns", np.sort(delays.reshape(len(delays), -1), axis=0).T)
 
     def sample(self, rng: np.random.Generator, size: int | tuple[int, ...]) -> Floats:
         """Draw recorded delays with replacement, independently for every worker."""
@@ -177,9 +179,11 @@ class Empirical:
     def late_fraction(self, deadline_s: ArrayLike) -> Floats:
         """Return the share of late rounds, shape (*deadline's shape, *(K,))."""
         delays, deadline = np.asarray(self.delays_s), np.asarray(deadline_s, dtype=np.float64)
-        columns = np.sort(delays.reshape(len(delays), -1), axis=0).T
-        in_time = np.stack([np.searchsorted(column, deadline, side="right") for column in columns], axis=-1)
-        return 1.0 - in_time.reshape(deadline.shape + delays.shape[1:]) / len(delays)
+        if deadline.size < len(self._columns):
+            in_time = np.count_nonzero(self._columns <= deadline[..., None, None], axis=-1)
+        else:
+            in_time = np.stack([np.searchsorted(column, deadline, side="right") for column in self._columns], axis=-1)
+        return np.asarray(1.0 - in_time.reshape(deadline.shape + delays.shape[1:]) / len(delays))
 
     def breakpoints(self) -> Floats:
         """Return the recorded delays that are finite."""

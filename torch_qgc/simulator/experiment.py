@@ -15,7 +15,7 @@ import torch
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, segment_weights
 from torch_qgc.planner.checks import Floats
-from torch_qgc.planner.temperature import temperatures
+from torch_qgc.planner.temperature import LEAST, temperatures
 from torch_qgc.planner.variance import MOST_BITS, PASS_THROUGH_BITS
 from torch_qgc.protocol.contract import ClosingRule
 from torch_qgc.schemes import BlockPlan, ErrorFeedback, PartPlan, Scheme
@@ -184,9 +184,12 @@ class Experiment:
 
     @cached_property
     def temperatures(self) -> Floats:
-        """The learning rate of each step over the highest one so far, [steps] in (0, 1]; 1 where it is constant."""
+        """The learning rate of each step over the highest one so far, [steps] in (0, 1].
+
+        As in training, a number stays what it is, and what is decoded is to be unbiased with it: next to 0.
+        """
         if not callable(self.lr):
-            return np.ones(self.steps)
+            return np.full(self.steps, LEAST)
         return temperatures([float(self.lr(step)) for step in range(self.steps)])
 
     @property

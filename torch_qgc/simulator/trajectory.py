@@ -274,9 +274,10 @@ def _arrivals(experiment: Experiment, codec: SchemeCodec, demand: Demand, seed: 
         steering = Steering(
             experiment.workers,
             sum(demand.down),
-            downlink_bits=demand.downlink_bits,
             every=experiment.replans,
             auto_deadline=rule.deadline_s == "auto",
+            late=rule.late,
+            max_staleness=rule.max_staleness,
             norm=plan.norm,
             most_batch=limits.most_batch,
         )
