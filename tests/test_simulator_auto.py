@@ -14,7 +14,7 @@ from helpers import simulated
 from helpers.simulation import decoded_gradients, partition_gradients
 from test_aggregator import assert_mean_is
 
-from torch_qgc.ddp.sampler import CodedSampler
+from torch_qgc.ddp.sampler import CodedSampler, Cut
 from torch_qgc.ddp.settings import Limits
 from torch_qgc.errors import ConfigError
 from torch_qgc.job.courses import Course, Courses
@@ -324,7 +324,7 @@ def test_workers_draw_the_batches_that_a_loader_cuts_while_plans_change() -> Non
             blocks,
             batch_size=size,
             batches=10,
-            size=lambda at=at, worker=worker: int(apportion(plan_at(at[0]).batches, size)[worker]),
+            cut=lambda at=at, worker=worker: Cut(0, int(apportion(plan_at(at[0]).batches, size)[worker]), 0),
             worker=worker,
         )
         for epoch in range(steps // 10):

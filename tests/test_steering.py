@@ -223,10 +223,7 @@ def noisy(fleet: Fleet, kind: str) -> None:
     [
         "unequal",
         "pauses",
-        pytest.param(
-            "unequal, with tails",
-            marks=pytest.mark.xfail(strict=True, reason="batches that differ by a sample are planned anew, for chance"),
-        ),
+        "unequal, with tails",
     ],
 )
 def test_workers_that_stay_as_they_are_are_planned_for_a_few_times_only(kind: str) -> None:
