@@ -410,7 +410,9 @@ def unequal_batches(rank: int, job: Job) -> Any:
     lengths = []
     for ahead in (0, 1):
         # 1, 4 or 7 samples of 12; at every fourth step the ranks change places.
-        state.replica.batch_size = lambda mean, step, least=1: mean + 3 * ((rank + step // 4) % RANKS - 1)
+        state.replica.batch_sizes = lambda mean, step, least=1: [
+            mean + 3 * ((k + step // 4) % RANKS - 1) for k in range(RANKS)
+        ]
         loader = state.loader(dataset(12), batch_size=BATCH, num_workers=ahead)
         for x, y in loader:
             assert len(x) in (1, 2, BATCH, 7)
@@ -424,7 +426,7 @@ def unequal_followed_batches(rank: int, job: Job) -> Any:
     """A loader of one's own, whose batches a slow rank cuts."""
     model, state = job.wrap(mlp())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    state.replica.batch_size = lambda mean, step, least=1: 3 if rank == 0 else mean
+    state.replica.batch_sizes = lambda mean, step, least=1: [3, *[mean] * (RANKS - 1)]
     sampler = DistributedSampler(dataset())
     for x, y in state.follow(DataLoader(dataset(), batch_size=BATCH, sampler=sampler)):
         assert len(x) in (2, 3 if rank == 0 else BATCH)
