@@ -57,6 +57,7 @@ class Lobby:
 
     def __init__(self) -> None:
         self._peer_of: dict[int, Peer] = {}
+        self._session_of: dict[int, str] = {}
         self._waiting: dict[Peer, messages.Hello] = {}
 
     def worker_of(self, peer: Peer) -> int | None:
@@ -72,7 +73,7 @@ class Lobby:
         return list(self._peer_of.values())
 
     def admit(self, peer: Peer, hello: messages.Hello, spec: JobSpec) -> None:
-        """Let a worker in, for the first time or back from the dead.
+        """Let a worker in, for the first time, back from the dead, or on another connection than before.
 
         Raises:
             ProtocolError: it does not fit the job: names the field that differs, or who has its number already.
@@ -88,12 +89,13 @@ class Lobby:
             )
         if hello.worker >= spec.workers:
             raise ProtocolError(f"expected a worker number below {spec.workers}, got {hello.worker}")
-        if hello.worker in self._peer_of:
+        same = hello.session and hello.session == self._session_of.get(hello.worker)
+        if hello.worker in self._peer_of and not same:
             raise ProtocolError(
-                f"worker {hello.worker} is already in this job from another connection: give every rank its own "
-                "number; if it was restarted, try again when the old connection has timed out"
+                f"worker {hello.worker} is already in this job from another process: give every rank its own number; "
+                "if it was restarted, try again when the old process's connection has timed out"
             )
-        self._peer_of[hello.worker] = peer
+        self._peer_of[hello.worker], self._session_of[hello.worker] = peer, hello.session
 
     def remove(self, peer: Peer) -> int | None:
         """Forget a connection; return the worker it spoke for."""

@@ -37,6 +37,7 @@ class ZmqClient:
         self._sockets = []
         self._monitors = []
         self._failures: list[int | None] = [0] * len(endpoints)  # of handshakes; None: one has succeeded
+        self._connected: list[int] = []
         for endpoint, shown in zip(endpoints, passes):
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + OVERHEAD_BYTES)
@@ -76,6 +77,11 @@ class ZmqClient:
         self._note_handshakes()
         return messages
 
+    def connected(self) -> list[int]:
+        """Return the aggregators to which a connection has come to stand, once for each that has."""
+        connected, self._connected = self._connected, []
+        return connected
+
     @property
     def shut_out(self) -> str | None:
         """Why an aggregator does not let this worker in, and will not; None as long as there is hope."""
@@ -94,6 +100,7 @@ class ZmqClient:
                 failures = self._failures[aggregator]
                 if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self._failures[aggregator] = None
+                    self._connected.append(aggregator)
                 elif failures is not None and event["event"] != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                     self._failures[aggregator] = TRIES  # it has said no, and ZeroMQ does not ask again
                 elif failures is not None and event["value"] != errno.ETIMEDOUT:  # it may be stopped for a while

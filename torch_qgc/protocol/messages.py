@@ -69,6 +69,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     worker: Index
     step: Step  # the first step whose result this worker lacks
     spec: JobSpec
+    session: Digest = ""  # the same on all connections of one life of the worker: a new one replaces the one before
 
 
 class Begin(msgspec.Struct, tag="begin", frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,8 +15,6 @@ from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.inbox import Inbox
 
 __all__ = ["Outgoing", "Session"]
-
-REFUSED_S = 5.0  # for that long a worker that was in before is patient when it is refused
 
 Frame = Any
 #: An aggregator, and a call that gives the message for it: payloads may have to wait for a device.
@@ -63,7 +62,8 @@ class Session:
         self.outbox: list[Outgoing] = []
         self._left = False
         self._said: list[Outgoing] = []  # in the step at hand; said again where a connection was lost
-        self._refused_at_s: dict[int, float] = {}
+        self._name = secrets.token_hex(16)
+        self._connected: set[int] = set()
         self.courses = courses
         self._silence_s, self._trace = silence_s, trace
         self._silent_s = [0.0] * len(self.endpoints)
@@ -123,11 +123,21 @@ class Session:
 
     def _hello(self, aggregator: int) -> None:
         hello = messages.Hello(
-            version=messages.PROTOCOL_VERSION, worker=self.worker, step=self.inbox.step, spec=self.spec
+            version=messages.PROTOCOL_VERSION,
+            worker=self.worker,
+            step=self.inbox.step,
+            spec=self.spec,
+            session=self._name,
         )
         plan = self.courses.at(self.spec.first_step).plan
         frames = [messages.encode_message(hello), *([plan.to_json().encode()] if self.worker == 0 else [])]
         self.outbox.append((aggregator, lambda: frames))
+
+    def connected(self, aggregator: int) -> None:
+        """Note that a connection stands. Any but the first has lost what was on its way, so it begins with a Hello."""
+        if aggregator in self._connected and self.error is None:
+            self._hello(aggregator)
+        self._connected.add(aggregator)
 
     # --- what it hears ------------------------------------------------------------------------------------
 
@@ -153,15 +163,11 @@ class Session:
                 for course in self.courses.changes if aggregator else ():
                     self._pass_on(course, [aggregator])
                 self.outbox += [(each, frames) for each, frames in self._said if each == aggregator]
-                self._refused_at_s.pop(aggregator, None)
                 self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
             case messages.Introduce():
                 self._hello(aggregator)
             case messages.Refusal(text):
-                # A connection may come back before the aggregator has noticed that it was lost.
-                patient = aggregator in self.welcomed
-                if not patient or now - self._refused_at_s.setdefault(aggregator, now) > REFUSED_S:
-                    self.end(Refused(text))
+                self.end(Refused(text))
             case messages.Failed(text):
                 self.failed_at.add(aggregator)
                 self.end(JobFailed(text))

@@ -95,6 +95,8 @@ class SocketCarrier:
                 now = self.now()
                 for aggregator, frames in received:
                     self._session.receive(aggregator, frames, now)
+                for aggregator in client.connected():
+                    self._session.connected(aggregator)
                 self._session.tick(now)
                 if client.shut_out is not None:
                     self._session.end(Refused(client.shut_out))
