@@ -45,6 +45,7 @@ class Pump:
                     self.aggregators[aggregator].receive(peer, frames(), self.time_s)
             for index, serving in enumerate(self.aggregators):
                 serving.tick(self.time_s)
+                serving.plan(self.time_s)
                 for peer, answer in serving.drain():
                     busy = True
                     if peer in self.sessions:  # else it is cut off

@@ -94,6 +94,10 @@ class Together:
         for each in self._aggregators:
             each.tick(now)
 
+    def plan(self, now: float) -> None:
+        for each in self._aggregators:
+            each.plan(now)
+
     def drain(self) -> list[tuple[Peer, list[Any]]]:
         return [sent for each in self._aggregators for sent in each.drain()]
 

@@ -98,6 +98,12 @@ class Aggregator:
             for peer in self._lobby.peers():
                 self._send(peer, messages.Ping())
 
+    def plan(self, now: float) -> None:
+        """Plan anew if it is time to; to be called when what was drained is sent, because it may take a while."""
+        if self.job is not None:
+            self.job.plan_if_due(now)
+            self._collect()
+
     def wakeup_in(self, now: float) -> float:
         """Return the seconds until the next tick that could matter; messages may matter earlier."""
         if self.job is None or self.failed is not None:

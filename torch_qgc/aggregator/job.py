@@ -73,6 +73,7 @@ class Job:
         self._decides = index == 0  # about new plans
         self._temperatures: dict[int, float] = {}  # of the steps that are open
         self._stopwatch = Stopwatch(len(spec.owned_by(index)))
+        self._may_plan = False  # rounds have closed since the last look
         self._steering: Steering | None = None
         self._energies: dict[int, tuple[int, float, float]] = {}  # newest payload: step, squared norm, variance
         if self._decides and spec.replan_every:
@@ -238,11 +239,13 @@ class Job:
             self._publish(closing)
         if closings:
             self._stopwatch.close(self.rounds.oldest - 1, now)
-            self._replan_if_due(now)
+            self._may_plan = True
 
-    def _replan_if_due(self, now: float) -> None:
-        if self._steering is None:
+    def plan_if_due(self, now: float) -> None:
+        """Plan anew if it is time to: when results are on their way, so that workers compute meanwhile."""
+        if self._steering is None or not self._may_plan or self.failed is not None:
             return
+        self._may_plan = False
         made = replan_if_due(self._steering, self.rounds, self.replan)
         if made is not None:
             course, choice = made

@@ -22,7 +22,7 @@ from torch_qgc.planner import Plan
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.identity import Door, check_unencrypted
 from torch_qgc.protocol.server import Bounds, ZmqServer
-from torch_qgc.protocol.transport import Clock, MonotonicClock, Sent, Transport
+from torch_qgc.protocol.transport import Clock, MonotonicClock, Peer, Sent, Transport
 
 __all__ = ["AggregatorProcess", "Serving", "run", "serve"]
 
@@ -38,10 +38,9 @@ def serve(
         for peer, frames in transport.poll(aggregator.wakeup_in(clock.now())):
             aggregator.receive(peer, frames, clock.now())
         aggregator.tick(clock.now())
-        gone = set()
-        for peer, frames in aggregator.drain():
-            if peer not in gone and transport.send(peer, frames) is Sent.GONE:
-                gone.add(peer)
+        gone = _send(aggregator, transport)
+        aggregator.plan(clock.now())
+        gone |= _send(aggregator, transport)
         if gone:  # a worker that has said goodbye may be gone before that is read
             for peer, frames in transport.poll(0.0):
                 aggregator.receive(peer, frames, clock.now())
@@ -50,6 +49,15 @@ def serve(
             aggregator.tick(clock.now())
         if aggregator.finished:
             break
+
+
+def _send(aggregator: Aggregator, transport: Transport) -> set[Peer]:
+    """Send what is to be sent; return the connections that turn out to be gone."""
+    gone: set[Peer] = set()
+    for peer, frames in aggregator.drain():
+        if peer not in gone and transport.send(peer, frames) is Sent.GONE:
+            gone.add(peer)
+    return gone
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
