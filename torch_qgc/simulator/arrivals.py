@@ -11,6 +11,7 @@ import numpy as np
 
 from torch_qgc.errors import ConfigError
 from torch_qgc.job.courses import Course, Courses
+from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.replanning import replan_if_due
 from torch_qgc.job.rounds import Rounds
@@ -135,6 +136,7 @@ class JobRounds:
         demand: what a step by a plan asks of the machines.
         log_steps: steps that the job's log holds; a worker that lacks nearly as many is waited for.
         steering: decides about new plans; None: the plan stays as it is.
+        trace: is told what happens, as in a real job.
     Attributes:
         courses: what holds from which step on.
     """
@@ -149,9 +151,10 @@ class JobRounds:
         demand: Demand,
         log_steps: int,
         steering: Steering | None = None,
+        trace: Trace = silent,
     ) -> None:
         self._delays, self.courses, self._demand = delays, Courses(rule, plan), demand
-        self._rounds: Rounds[None] = Rounds(self.courses, log_steps=log_steps)
+        self._rounds: Rounds[None] = Rounds(self.courses, log_steps=log_steps, trace=trace)
         for worker in np.flatnonzero(~active).tolist():
             self._rounds.leave(worker, 0.0)
         self._steering, self._stopwatch = steering, Stopwatch(1)
