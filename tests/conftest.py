@@ -1,5 +1,6 @@
 """Let tests import the modules of examples and benchmarks, fork ranks whatever ran before, and depend on no clock."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 # in forks from then on. `torch.library.opcheck` registers a device that does not exist: count before it does.
 if not torch.cuda.is_available():
     torch.ones(1, requires_grad=True).sum().backward()
+
+# A forked child must not clear away what it has inherited: destructors that join a thread abort where there is none.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture(scope="session", autouse=True)
