@@ -50,7 +50,7 @@ CAUSES = {
         machines=Machines(workers=WORKERS, batch_s=_last(4.0, 1.0), fixed_s=0.1, jitter=0.05),
     ),
     "link": Cause(
-        title="worker 3 has a slow link: 8 s for an fp32 gradient, each way",
+        title="worker 3 has a slow link: it would send an fp32 gradient for 8 s",
         machines=Machines(workers=WORKERS, fixed_s=0.1, jitter=0.05, up_s=_last(8.0, 0.1), down_s=_last(1.0, 0.1)),
     ),
     "pauses": Cause(
@@ -64,7 +64,7 @@ def events_of(machines: Machines, *, auto: bool) -> tuple[list[Event], Plan, flo
     """Run a job; return its events, and the plan and the deadline that it ends with."""
     plan = make_plan([0.05] * WORKERS, decoder="annealed")
     rule = ClosingRule(deadline_s="auto" if auto else None, warmup_steps=2)
-    steering = Steering(WORKERS, NUMEL, downlink_bits=DEMAND.downlink_bits, every=50, auto_deadline=True)
+    steering = Steering(WORKERS, NUMEL, every=50, auto_deadline=True)
     events: list[Event] = []
     rounds = JobRounds(
         DelaySource(machines, WORKERS, seed=3),
