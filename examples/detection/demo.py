@@ -16,7 +16,7 @@ from detection.data import CocoImages
 from detection.settings import Settings
 
 #: What is trained by default: ours and the two strongest of the others, which the benchmark has found.
-JOBS = ("speed", "arrivals", "qgc")
+JOBS = ("fast", "arrivals", "qgc")
 PANELS = ("moves",)
 TUNED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo_lr.csv"
 PICTURED = 4
