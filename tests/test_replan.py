@@ -137,8 +137,11 @@ def test_all_apply_the_same_bytes_weighed_by_the_plan_that_each_payload_was_made
         for aggregator in match.world.aggregators:
             seen["folded"] += aggregator.stats["folded"]
             seen["lost"] += aggregator.stats["lost_workers"]
-        for member in match.members:  # what was said again on a new connection may have been heard before
-            assert all("a second payload" in text for text in member.connection.session.rejections)
+        # What is said again on a new connection may have been heard before, and a plan may come through it before those
+        # that were lost with the old one, with which it is told again.
+        for member in match.members:
+            for text in member.connection.session.rejections:
+                assert "a second payload" in text or "tells of plan" in text
         seen["plans"] += len(match.members[0].courses.changes)
         seen["several aggregators"] += aggregators > 1 and len(match.members[0].courses.changes) > 1
 
