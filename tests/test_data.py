@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from torch_qgc.ddp.loader import FollowedLoader, Thinner, make_loader
+from torch_qgc.ddp.loader import make_loader
 from torch_qgc.ddp.sampler import random_partitions
 from torch_qgc.ddp.thin import batch_size_of
+from torch_qgc.ddp.thinner import FollowedLoader, Thinner
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import Plan, make_plan
 

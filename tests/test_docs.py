@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -151,3 +152,25 @@ def test_the_runtime_page_lists_every_event_of_a_trace() -> None:
 def test_every_page_is_in_the_sites_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
     assert set(re.findall(r"(\w+\.md)", navigation)) == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_files_on_the_page_are_there(page: Path) -> None:
+    """Pages outlive what they speak of: a module that has moved, a file that was never made."""
+    text = page.read_text()
+    for path in re.findall(
+        r"\b(?:torch_qgc|tests|benchmarks|examples|docs)/[\w./-]+\.(?:py|csv|png|md|toml|cpp|h)\b", text
+    ):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"(?<![\w.])torch_qgc(?:\.\w+)+", text):
+        assert _stands_for_something(name), name
+
+
+def _stands_for_something(name: str) -> bool:
+    """Tell whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        with contextlib.suppress(ImportError):
+            found: Any = importlib.import_module(".".join(parts[:count]))
+            return all((found := getattr(found, part, None)) is not None for part in parts[count:])
+    return False

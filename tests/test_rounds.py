@@ -107,9 +107,18 @@ def test_what_is_late_is_folded_up_to_the_staleness_allowed(late: str, made_for:
     assert rounds.arrive(4, made_for, 0, None, 0.5) is fate
 
 
-def test_payloads_of_the_future_twice_or_of_others_chunks_are_refused() -> None:
+def test_a_payload_that_is_said_again_counts_once() -> None:
+    rounds = rounds_at(frozenset(), frozenset(range(K)), deadline_s=1.0)
+    assert rounds.arrive(1, 10, 0, None, 0.5) is Fate.IN_TIME
+    assert rounds.arrive(1, 10, 0, None, 0.5) is Fate.REPEATED
+    assert rounds.arrive(1, 9, 0, None, 0.5) is Fate.REPEATED
+    (closing,) = rounds.close_due(1.5)
+    assert closing.counts.tolist() == [int(k == 1) for k in range(K)]
+
+
+def test_payloads_of_the_future_or_of_others_chunks_are_refused() -> None:
     rounds = rounds_at(frozenset({1}), frozenset(range(K)), deadline_s=1.0)
-    for worker, made_for, chunk, word in ((1, 10, 0, "second"), (2, 11, 0, "cannot have begun"), (2, 10, 1, "chunk")):
+    for worker, made_for, chunk, word in ((2, 11, 0, "cannot have begun"), (2, 10, 1, "chunk")):
         with pytest.raises(ProtocolError, match=word):
             rounds.arrive(worker, made_for, chunk, None, 0.5)
     with pytest.raises(ProtocolError, match="has not closed yet"):

@@ -711,6 +711,7 @@ def test_each_ranks_training_loader_cuts_its_own_part_of_the_global_batch() -> N
         lengths.append([])
         for x, _ in loader:
             lengths[rank].append(len(x))
+            assert replica.taken[-1] == (len(x), 2, True)  # so that batches are chosen by what they take
             replica.make_step()
     assert lengths == [[2, 3, 1], [2, 1, 3]]
 

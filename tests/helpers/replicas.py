@@ -32,7 +32,10 @@ class FakeReplica:
     ) -> None:
         self.plan, self.worker, self.late, self.sizes = plan, worker, late, sizes
         self.spec = SimpleNamespace(workers=plan.num_workers)
-        self.facts = SimpleNamespace(took=lambda samples, batch_size, moves: None)
+        self.taken: list[tuple[int, int, bool]] = []  # what loaders have told: samples, their mean, whether data move
+        self.facts = SimpleNamespace(
+            took=lambda samples, batch_size, moves: self.taken.append((samples, batch_size, moves))
+        )
         self.update = SimpleNamespace(known=bound)
         self.may_be_late = bool(late)
         self.in_step = self.awaits_backward = False

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 
 from torch_qgc.aggregator.agreement import Agreement
-from torch_qgc.aggregator.decoder import Decoded, RoundDecoder
+from torch_qgc.aggregator.decoder import RoundDecoder
+from torch_qgc.aggregator.planning import Planning
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.log import ResultLog
-from torch_qgc.job.replanning import replan_if_due
 from torch_qgc.job.rounds import Closing, Fate, Rounds
-from torch_qgc.job.steering import Steering
-from torch_qgc.job.stopwatch import Stopwatch
 from torch_qgc.kernels import payload_bytes
 from torch_qgc.kernels.buffers import Payload
 from torch_qgc.logs import logger
@@ -72,22 +70,7 @@ class Job:
         )
         self._decides = index == 0  # about new plans
         self._temperatures: dict[int, float] = {}  # of the steps that are open
-        self._stopwatch = Stopwatch(len(spec.owned_by(index)))
-        self._may_plan = False  # rounds have closed since the last look
-        self._steering: Steering | None = None
-        self._energies: dict[int, tuple[int, float, float]] = {}  # newest payload: step, squared norm, variance
-        if self._decides and spec.replan_every:
-            self._steering = Steering(
-                spec.workers,
-                spec.numel,
-                every=spec.replan_every,
-                auto_deadline=spec.rule.deadline_s == "auto",
-                late=spec.rule.late,
-                max_staleness=spec.rule.max_staleness,
-                first_step=spec.first_step,
-                norm=plan.norm,
-                most_batch=spec.most_batch,
-            )
+        self._planning = Planning(spec, plan, self.rounds, trace) if self._decides and spec.replan_every else None
         self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
@@ -205,13 +188,11 @@ class Job:
             )
         fate = self.rounds.arrive(worker, push.step, push.chunk, Payload(rest[0], numel, push.bits), now)
         self.stats["bytes_received"] += expected
-        if self._steering is not None:
-            self._steering.variance.update(worker, push.bits, push.variance, push.squared_norm)
-            if push.chunk == self.rounds.chunks[0]:
-                self._energies[worker] = push.step, push.squared_norm, push.variance
-            timed = self._stopwatch.push(worker, push, now)
-            if timed is not None:
-                self._steering.note(worker, timed, push.bits)
+        if fate is Fate.REPEATED:
+            self.stats["repeated"] += 1
+            return
+        if self._planning is not None:
+            self._planning.push(worker, push, now)
         if fate is not Fate.IN_TIME:
             self.stats["late"] += 1
             self.stats[fate.value] += 1
@@ -236,30 +217,12 @@ class Job:
             return
         closings = self.rounds.close_due(now, chunks)
         for closing in closings:
-            self._publish(closing)
-        if closings:
-            self._stopwatch.close(self.rounds.oldest - 1, now)
-            self._may_plan = True
+            self._publish(closing, now)
 
     def plan_if_due(self, now: float) -> None:
         """Plan anew if it is time to: when results are on their way, so that workers compute meanwhile."""
-        if self._steering is None or not self._may_plan or self.failed is not None:
-            return
-        self._may_plan = False
-        made = replan_if_due(self._steering, self.rounds, self.replan)
-        if made is not None:
-            course, choice = made
-            plan = course.plan
-            detail = {
-                "version": course.version,
-                "deadline_s": course.deadline_s,
-                "batches": plan.batches,
-                "bits": plan.bits,
-                "shares": plan.shares,
-                "late": plan.straggle_probs,
-                "causes": choice.causes,
-            }
-            self._trace(Event(now, "replan", course.from_step, None, None, detail))
+        if self._planning is not None and self.failed is None:
+            self._planning.plan_if_due(self.replan, now)
 
     def say_who_is_waited_for(self, now: float) -> None:
         """Name the workers that a step has been open for for long, now and then: nobody waits in silence."""
@@ -275,11 +238,11 @@ class Job:
                 sorted(workers),
             )
 
-    def _publish(self, closing: Closing[Payload]) -> None:
+    def _publish(self, closing: Closing[Payload], now: float) -> None:
         decoded = self._decoder.decode(closing, self._temperatures.get(closing.step, LEAST))
         frames = decoded.frames
-        if self._steering is not None and closing.chunk == self.rounds.chunks[0]:  # one chunk stands for all
-            self._note_noise(closing, decoded)
+        if self._planning is not None:
+            self._planning.close(closing, decoded, now)
         self.log.put(closing.step, closing.chunk, frames)
         self.outbox.append((EVERYBODY, frames))
         self.stats["rounds"] += 1
@@ -295,21 +258,6 @@ class Job:
                 self.spec.rule.quorum,
                 self.log.capacity,
             )
-
-    def _note_noise(self, closing: Closing[Payload], decoded: Decoded) -> None:
-        """Learn from a round how much of the workers' gradients is noise of their batches."""
-        assert self._steering is not None
-        workers = [worker for worker, _, _ in closing.payloads]
-        if len(workers) < 2 or any(made_for != closing.step for _, made_for, _ in closing.payloads):
-            return  # payloads of several steps have no mean in common
-        coefficients, energy, rounding = np.zeros((3, self.spec.workers))
-        for worker, coefficient in zip(workers, decoded.coefficients):
-            coefficients[worker] = coefficient
-            _, energy[worker], rounding[worker] = self._energies[worker]
-        batches = self.courses.at(closing.step).plan.batches
-        with np.errstate(all="ignore"):  # what is not finite is passed over
-            result = float(decoded.gradient @ decoded.gradient)
-            self._steering.noise.update(coefficients, energy, energy + rounding, result, batches)
 
     # --- new plans --------------------------------------------------------------------------------------
 
@@ -380,7 +328,8 @@ class Job:
                 self._temperatures = {s: theta for s, theta in self._temperatures.items() if s >= oldest}
                 self._temperatures[step] = begin.temperature
                 self._send(EVERYBODY, messages.Started(step, 0.0))
-        self._stopwatch.begin(worker, begin, now)
+        if self._planning is not None:
+            self._planning.begin(worker, begin, now)
         if self._agreement.begin(worker, step):
             self._settle_agreement(now)
 

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 
 from torch_qgc.ddp.forward import Forward
-from torch_qgc.ddp.loader import CodedLoader, FollowedLoader, Slice, Thinner, make_loader
+from torch_qgc.ddp.loader import CodedLoader, make_loader
 from torch_qgc.ddp.network import Network, start_aggregators
 from torch_qgc.ddp.optim import make_coded, watch_optimizers
 from torch_qgc.ddp.rendezvous import agree, check_model, check_step, exchanged_parameters, usable_deadline
 from torch_qgc.ddp.settings import Limits, choose_plan, closing_rule, job_spec
 from torch_qgc.ddp.thin import first_samples
+from torch_qgc.ddp.thinner import FollowedLoader, Slice, Thinner
 from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.planner import Plan

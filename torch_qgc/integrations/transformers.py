@@ -23,10 +23,10 @@ except ImportError as error:
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_qgc.ddp.loader import Slice, Thinner
 from torch_qgc.ddp.optim import make_coded
 from torch_qgc.ddp.state import QGCState, attach
 from torch_qgc.ddp.thin import batch_size_of, first_samples
+from torch_qgc.ddp.thinner import Slice, Thinner
 from torch_qgc.errors import ConfigError
 
 __all__ = ["QGCCallback", "make_coded_inside"]

@@ -34,6 +34,7 @@ class Fate(enum.Enum):
     IN_TIME = "in time"
     FOLDED = "folded"  # late: enters the open round
     DROPPED = "dropped"  # too late
+    REPEATED = "repeated"  # it was delivered before: said again on a new connection
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Rounds(Generic[T]):
         """Take a payload.
 
         Raises:
-            ProtocolError: not one of these chunks, a step that cannot have begun, or a second payload for one round.
+            ProtocolError: not one of these chunks, or a step that cannot have begun.
         """
         open_step = self.open_step(chunk)
         current, column = self._open[chunk], self._column[chunk]
@@ -208,10 +209,7 @@ class Rounds(Generic[T]):
                 f"{open_step} is open"
             )
         if made_for <= self._last[worker, column]:
-            raise ProtocolError(
-                f"worker {worker}, step {made_for}, chunk {chunk}: a second payload for a chunk that was already "
-                "delivered"
-            )
+            return Fate.REPEATED
         self._last[worker, column] = made_for
         self._note_pace(worker, made_for, now)
         staleness = open_step - made_for

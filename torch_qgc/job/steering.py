@@ -147,12 +147,13 @@ class Steering:
         deadline_s = None if math.isinf(choice.deadline_s) else choice.deadline_s
         p = np.array(plan.straggle_probs)
         p[alive] = np.clip(choice.straggle_probs, 0.0, 0.99)
-        expected = np.maximum(1.0 - np.array([p, now.straggle_probs]), 0.01)
+        expected = np.maximum(1.0 - np.array([p, now.straggle_probs]), _LEAST_RATE)
         surprising = np.abs(np.log(expected[0] / expected[1])) > np.log(_SURPRISING)
         if deadline_s == course.deadline_s and plan is now and not surprising.any():
             return None
         if moves:
-            plan = plan.shared_out(_delivered(plan.batches, p, alive))
+            gone = ~np.isin(np.arange(len(p)), alive)
+            plan = plan.shared_out(_delivered(plan.batches, np.where(gone, 1.0, p)))
         made = self._with_noise(dataclasses.replace(plan, straggle_probs=p))
         return Choice(made, deadline_s, choice.speedup, tuple(self.measurements.causes(estimates)))
 
@@ -246,15 +247,12 @@ class _Living:
 
     def __init__(self, plan: Plan, alive: list[int], straggle_probs: Floats, moves: bool) -> None:
         shares = plan.shares[alive]
-        if moves:
-            shares = plan.batches[alive] * np.clip(1.0 - straggle_probs, _LEAST_RATE, 1.0)
-        self.shares: Floats = shares / shares.sum()
+        self.shares: Floats = _delivered(plan.batches[alive], straggle_probs) if moves else shares / shares.sum()
         factors = error_factors(np.clip(straggle_probs, 0.0, 1.0), plan.variance[alive])
         self.residual_bound = float(factors[shares > 0] @ self.shares[shares > 0] ** 2)
 
 
-def _delivered(batches: Floats, straggle_probs: Floats, alive: list[int]) -> Floats:
-    """Return [K] each worker's part of the samples that are delivered; next to nothing of one that is gone."""
-    rates = np.full_like(batches, _LEAST_RATE)
-    rates[alive] = np.clip(1.0 - straggle_probs[alive], _LEAST_RATE, 1.0)
-    return batches * rates / (batches @ rates)
+def _delivered(batches: Floats, straggle_probs: Floats) -> Floats:
+    """Return each worker's part of the samples that are delivered; next to nothing of one that never delivers."""
+    given = batches * np.clip(1.0 - straggle_probs, _LEAST_RATE, 1.0)
+    return np.asarray(given / given.sum())
