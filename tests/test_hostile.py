@@ -256,7 +256,8 @@ def assert_bounded(aggregator: Aggregator) -> None:
     assert len(job._agreement._loops) <= 64
     assert len(job.courses.changes) == 0  # what is told of plans changes none: aggregator 0 makes them
     assert len(job._temperatures) <= 2
-    assert len(job._stopwatch._running) <= job.spec.workers
+    assert job._planning is not None
+    assert len(job._planning._stopwatch._running) <= job.spec.workers
     for open_round in job.rounds._open.values():
         assert len(open_round.payloads) <= job.spec.workers * (1 + job.spec.rule.max_staleness)
 
