@@ -34,7 +34,7 @@ test-others: $(READY)
 	$(PYTHON) -m pytest $(addprefix --ignore=,$(PROCESSES))
 
 test-all: $(READY)
-	$(PYTHON) -m pytest -m 'not gpu'
+	$(PYTHON) -m pytest -m 'not gpu' --hypothesis-profile=explore
 
 check: $(READY)
 	$(PYTHON) -m ruff format --check .
