@@ -114,8 +114,8 @@ def test_a_late_worker_goes_through_thin_steps_or_replays_and_stays_bit_identica
     assert (slow.replayed_steps if bound else slow.thin_steps) >= 3
     assert (slow.thin_steps if bound else slow.replayed_steps) == 0
     # The others did not wait for it: a waiting job would see it in every round.
-    assert fast.computed_steps >= steps - 2
-    assert slow.contributions[3] < 0.95 < fast.contributions[0]
+    assert fast.computed_steps > slow.computed_steps
+    assert slow.contributions[3] < min(0.95, slow.contributions[0])
 
 
 # --- 3. nobody late -------------------------------------------------------------------------------------

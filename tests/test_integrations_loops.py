@@ -67,7 +67,7 @@ def check(loop: Callable[..., Any], steps: int, *args: Any) -> list[Any]:
         assert found["agreed"][0] == steps
         assert not found["report"].rejections
     assert ranks[LATE]["report"].thin_steps >= 1
-    assert ranks[0]["report"].computed_steps >= steps // 2
+    assert sum(found["report"].computed_steps for found in ranks) >= steps  # no step closes without anybody
     return ranks
 
 
