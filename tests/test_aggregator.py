@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.decoder import RoundDecoder
+from torch_qgc.aggregator.lobby import TAKEN_S
 from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Event
 from torch_qgc.job.rounds import Closing
@@ -250,7 +251,7 @@ class Held:
             "steps apart": running.rounds.newest - running.rounds.oldest,
             "log bytes": running.log.bytes,
             "messages to workers": len(aggregator._outbox) + len(running.outbox),
-            "messages to the aggregator": max(len(session.outbox) for session in sessions),
+            "messages to the aggregator": max(session.unheard for session in sessions),
             "bytes ahead": max(session.inbox.held_bytes for session in sessions),
         }
         self.most = {name: max(number, self.most.get(name, 0)) for name, number in held.items()}
@@ -312,6 +313,9 @@ class Talk:
     def say(self, peer: Peer, message: messages.FromWorker | bytes, *rest: Any) -> list[messages.FromAggregator]:
         header = message if isinstance(message, bytes) else messages.encode_message(message)
         self.aggregator.receive(peer, [header, *rest], now=0.0)
+        return self.told(peer)
+
+    def told(self, peer: Peer) -> list[messages.FromAggregator]:
         return [messages.decode_from_aggregator(f[0]) for p, f in self.aggregator.drain() if p == peer]
 
     def join(self, worker: int, peer: Peer | None = None, **changes: Any) -> list[messages.FromAggregator]:
@@ -382,10 +386,23 @@ def test_workers_may_come_before_worker_zero() -> None:
     assert welcomed == {peer_of(k) for k in range(4)}
 
 
-def test_a_duplicate_worker_is_refused(talk: Talk) -> None:
-    (answer,) = talk.join(1, peer=peer_of(1, b"another"))
+def test_a_second_process_with_a_workers_number_is_refused_after_a_while(talk: Talk) -> None:
+    another = peer_of(1, b"another")
+    assert talk.join(1, peer=another) == []  # the first one's end may not have been noticed yet
+    talk.aggregator.tick(TAKEN_S - 1.0)
+    assert talk.told(another) == []
+    talk.aggregator.tick(TAKEN_S + 1.0)
+    (answer,) = talk.told(another)
     assert isinstance(answer, messages.Refusal)
-    assert "already in this job" in answer.text
+    assert "worker 1 is in this job from another process" in answer.text
+
+
+def test_a_worker_that_was_started_again_comes_in_when_the_end_of_the_first_one_is_noticed(talk: Talk) -> None:
+    another = peer_of(1, b"another")
+    assert talk.join(1, peer=another) == []
+    talk.aggregator.lost(peer_of(1), now=1.0)
+    assert isinstance(talk.told(another)[0], messages.Welcome)
+    assert talk.say(another, messages.Begin(0)) != [messages.Introduce()]
 
 
 def test_a_worker_number_out_of_range_is_refused(talk: Talk) -> None:

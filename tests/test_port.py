@@ -20,6 +20,7 @@ from helpers.served import BOUNDS, Served, connect, job
 from helpers.simulated import make_spec, push_all, simple_plan, take
 from zmq.utils.monitor import parse_monitor_message
 
+from torch_qgc.aggregator import lobby
 from torch_qgc.errors import Refused
 from torch_qgc.protocol import messages
 from torch_qgc.protocol import server as server_module
@@ -253,7 +254,10 @@ def test_both_ends_must_encrypt_or_neither(encrypt: bool) -> None:
 
 
 @BOTH
-def test_of_two_workers_with_one_number_the_second_is_told_and_the_first_goes_on(encrypt: bool) -> None:
+def test_of_two_workers_with_one_number_the_second_is_told_and_the_first_goes_on(
+    encrypt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "TAKEN_S", 0.5)  # after which it is certain that the first one goes on
     with job(2, encrypt=encrypt, deadline_s=None) as (served, workers, plan):
         second = connect(served.endpoints, workers[0].spec, 1, plan, encrypt=encrypt)
         with pytest.raises(Refused, match="give every rank its own number"):

@@ -86,6 +86,7 @@ rules = st.fixed_dictionaries(
         "warmup_steps": st.integers(0, 2),
         "quorum": st.integers(1, K),
         "max_staleness": st.integers(0, 3),
+        "away_s": st.sampled_from([0.1, 5.0]),
     }
 )
 
@@ -112,10 +113,14 @@ def test_all_apply_the_same_bytes_weighed_by_the_plan_that_each_payload_was_made
         match = Replanned(rng=rng, at_s=rng.uniform(0.0, 8.0, plans), aggregators=aggregators, rule=rule, **way)
 
         def cut() -> None:
-            seen["cut"] += 1  # never worker 0: an aggregator that has lost all workers ends
-            match.world.cut(match.members[int(rng.integers(1, K))].connection, int(rng.integers(aggregators)))
+            job = match.world.aggregator.job
+            if job is None or job.courses.warms_up(job.rounds.oldest):
+                return  # a loss would be the end
+            seen["cut"] += 1
+            connection = match.members[int(rng.integers(K))].connection
+            match.world.cut(connection, int(rng.integers(aggregators)), after_s=float(rng.choice([0.0, 0.5, 2.0])))
 
-        for time_s in rng.uniform(2.0, 8.0, weather.cuts):  # all have joined by then
+        for time_s in rng.uniform(0.0, 8.0, weather.cuts).tolist():
             match.world.net.at(time_s, cut)
 
         def work(member: Member) -> None:
@@ -126,7 +131,7 @@ def test_all_apply_the_same_bytes_weighed_by_the_plan_that_each_payload_was_made
                     continue
                 late = rng.random() < [0.05, 0.2, 0.5][member.worker]
                 match.compute(member, float(rng.uniform(0, 0.8) + late * rng.exponential(2.0)))
-            # An aggregator ends when all have left or are lost, and does not wait for who would come back.
+            # When some have left, an aggregator does not wait for who was lost.
             match.world.wait_for(lambda: all(other.step == steps for other in match.members))
             member.connection.close()
 
@@ -137,9 +142,8 @@ def test_all_apply_the_same_bytes_weighed_by_the_plan_that_each_payload_was_made
         for aggregator in match.world.aggregators:
             seen["folded"] += aggregator.stats["folded"]
             seen["lost"] += aggregator.stats["lost_workers"]
-        # A plan may come through a new connection before those that were lost with the old one; it is told again then.
         for member in match.members:
-            assert all("tells of plan" in text for text in member.connection.session.rejections)
+            assert member.connection.session.rejections == []
         seen["plans"] += len(match.members[0].courses.changes)
         seen["several aggregators"] += aggregators > 1 and len(match.members[0].courses.changes) > 1
 
@@ -225,12 +229,11 @@ def test_a_worker_that_was_away_when_a_plan_was_made_hears_of_it_on_its_way_back
         make_step(workers[:2], step)
     assert away.courses.changes == ()
     pump.sessions[peer_of(2, b"again")] = away
-    away.refetch()
+    for aggregator in range(2):
+        away.connected(aggregator)
     pump.pump()
     assert away.courses.changes == (course,)
-    for _ in (1, 2, 3):
-        away.refetch()  # as the training thread does after a second
-        pump.pump()
+    for _ in (1, 2, 3):  # they have come unasked
         take(workers[2])
     first, *others = make_step(workers, 4)
     assert all(torch.equal(first, other) for other in others)

@@ -70,7 +70,7 @@ def test_every_worker_applies_the_same_bytes_which_are_the_sums_of_what_was_sent
     @settings(max_examples=60, deadline=None)
     def play(rule: dict[str, Any], weather: Weather, seed: int, inbox_bytes: int, dies: int | None) -> None:
         rng, steps = np.random.default_rng(seed), 10
-        dies_at = int(rng.integers(0, steps))
+        dies_at = int(rng.integers(rule["warmup_steps"], steps))
 
         def down(frames: Sequence[Any]) -> list[float]:
             name = type(messages.decode_from_aggregator(frames[0])).__name__

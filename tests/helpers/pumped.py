@@ -32,6 +32,8 @@ class Pump:
         """Connect a new worker to all aggregators."""
         endpoints = [f"memory-{index}" for index in range(len(self.aggregators))]
         session = self.sessions[peer_of(worker)] = session_for(spec, plan, worker, endpoints=endpoints, **options)
+        for index in range(len(self.aggregators)):
+            session.connected(index)
         return Connection(session, PumpedCarrier(self))
 
     def pump(self) -> None:

@@ -43,6 +43,8 @@ def make_spec(plan: Plan, **changes: Any) -> JobSpec:
         log_steps=64,
         log_bytes=1 << 30,
         join_timeout_s=1e9,
+        away_s=0.0,
+        stall_timeout_s=1e9,
     )
     return JobSpec(**{**fields, **changes})
 

@@ -193,18 +193,28 @@ class World:
         self.sessions[peer] = session
         carrier = VirtualCarrier(self, peer, session)
         self._carriers |= dict.fromkeys(carrier.names, carrier)
+        for aggregator in range(len(carrier.names)):
+            session.connected(aggregator)
         return Connection(session, carrier)
 
-    def cut(self, connection: Connection, aggregator: int) -> None:
-        """Cut a connection, with all that is on its way; what is said later goes over a new one."""
+    def cut(self, connection: Connection, aggregator: int, after_s: float = 0.0) -> None:
+        """Cut a connection, with all that is on its way or is said until there is a new one, after so many seconds."""
         carrier: Any = connection._carrier
         old = carrier.names[aggregator]
+        if old in self.net.cut:
+            return  # it is being mended
         self.net.disconnect(old)
         self.net.cut.add(old)
         del self._carriers[old]
-        new = old._replace(connection=old.connection + b"'")
-        carrier.names[aggregator] = new
-        self._carriers[new] = carrier
+
+        def mend() -> None:
+            new = old._replace(connection=old.connection + b"'")
+            carrier.names[aggregator] = new
+            self._carriers[new] = carrier
+            carrier.session.connected(aggregator)
+            carrier.flush()
+
+        self.net.at(self.now() + after_s, mend)
 
     def run(self, stop: Callable[[], bool] | None = None) -> None:
         """Let time pass until all scripts have ended, or `stop` says so; raise what a script has raised."""
@@ -245,6 +255,7 @@ class World:
     def _receive(self, name: Peer, frames: list[Any]) -> None:
         if name in self._carriers:  # else it was cut meanwhile
             self._carriers[name].session.receive(aggregator_of(name), frames, self.now())
+            self._carriers[name].flush()
             self._settle()
 
     def _settle(self) -> None:

@@ -6,6 +6,7 @@ No sockets and no clock in here: `receive` and `tick` are given the time, and wh
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from torch_qgc.protocol.transport import Peer
 __all__ = ["Aggregator"]
 
 Frame = Any  # bytes, memoryview or another buffer
+RETRY_S = 0.02  # after which a full queue is tried again
+FAILED_S = 60.0  # for which whoever comes is told that the job cannot begin
 
 
 class Aggregator:
@@ -52,6 +55,8 @@ class Aggregator:
         self._told = told
         self._lobby = Lobby()
         self._outbox: list[tuple[Peer, list[Frame]]] = []
+        self._failed_before: str | None = None  # the job began
+        self._failed_at_s, self._over = 0.0, False
         self._threads, self._ping_interval_s, self._trace = threads, ping_interval_s, trace
         self._next_ping_at_s = 0.0
 
@@ -64,11 +69,16 @@ class Aggregator:
                 raise ProtocolError("expected a header frame, got an empty message")
             message = messages.decode_from_worker(memoryview(frames[0]))
             worker = self._lobby.worker_of(peer)
-            if self.failed is not None and not isinstance(message, messages.Bye):
+            if isinstance(message, messages.Fault) and self._may_end(peer, message.session):
+                self.fail(f"worker {peer.worker} failed at step {message.step}: {message.text}", now)
+                if worker is None:
+                    self._send(peer, messages.Failed(messages.as_text(self.failed)))
+            elif self.failed is not None and not isinstance(message, messages.Bye):
                 self._send(peer, messages.Failed(self.failed))
             elif isinstance(message, messages.Hello):
                 self._hello(peer, message, frames[1:], now)
             elif worker is not None and self.job is not None:
+                self._lobby.hear(worker)
                 self.job.receive(worker, message, frames[1:], now)
                 self._collect()
             elif not self._lobby.is_waiting(peer):
@@ -79,24 +89,50 @@ class Aggregator:
             logger.warning("a message was dropped: %s", error)
             self._send(peer, messages.Rejected(messages.as_text(error)))
 
+    def _may_end(self, peer: Peer, session: str) -> bool:
+        """Tell whether a fault is one of this job's workers', which may have it before it has said Hello."""
+        known = self.job is None or peer.worker < self.job.spec.workers
+        return known and self._lobby.speaks_for(peer, session)
+
     def lost(self, peer: Peer, now: float) -> None:
         """Note that a peer's connection is gone."""
         worker = self._lobby.remove(peer)
         if worker is not None and self.job is not None:
             self.job.lost(worker, now)
             self._collect()
+            self._let_in_who_waits(now)
+
+    def unsent(self, peer: Peer, messages_unsent: Sequence[Sequence[Frame]], now: float) -> None:
+        """Take back messages that did not fit into a peer's queue, in order.
+
+        Results are sent when there is room. If anything else does not fit, the peer has not read for long: its
+        connection is given up, and all that it lacks is told on the next one.
+        """
+        worker, results = self._lobby.worker_of(peer), []
+        for frames in messages_unsent:
+            header = messages.decode_from_aggregator(frames[0])
+            if isinstance(header, messages.Result):
+                results.append((header.step, header.chunk))
+            elif not isinstance(header, messages.Ping):
+                self.lost(peer, now)
+                return
+        if worker is not None and self.job is not None:
+            self.job.feed.unsent(worker, results)
 
     def tick(self, now: float) -> None:
         """Close what is due, and ping."""
-        if self.job is None or self.failed is not None:
+        if self.job is None:
+            self._over = self._failed_before is not None and now > self._failed_at_s + FAILED_S
             return
-        self.job.close_due(now)
-        self.job.say_who_is_waited_for(now)
-        self._collect()
+        if self.failed is None:
+            self.job.tick(now)
+            self._collect()
+            for peer, why in self._lobby.take_refused(now):
+                self._refuse(peer, why)
         if now >= self._next_ping_at_s:
             self._next_ping_at_s = now + self._ping_interval_s
             for peer in self._lobby.peers():
-                self._send(peer, messages.Ping())
+                self._send(peer, messages.Ping(self._lobby.heard(peer.worker)))
 
     def plan(self, now: float) -> None:
         """Plan anew if it is time to; to be called when what was drained is sent, because it may take a while."""
@@ -108,23 +144,29 @@ class Aggregator:
         """Return the seconds until the next tick that could matter; messages may matter earlier."""
         if self.job is None or self.failed is not None:
             return self._ping_interval_s
-        return min(max(self._next_ping_at_s, now), self.job.rounds.next_deadline_s(now)) - now
+        room_s = now + RETRY_S if self.job.feed.owes else math.inf
+        return min(max(self._next_ping_at_s, now), self.job.rounds.next_deadline_s(now), room_s) - now
 
     @property
     def failed(self) -> str | None:
-        """Why the job has ended on every rank; None if it has not."""
-        return None if self.job is None else self.job.failed
+        """Why the job has ended on every rank, or cannot begin; None if it goes on."""
+        return self._failed_before if self.job is None else self.job.failed
 
     @property
     def finished(self) -> bool:
-        """All workers of the job have left or died."""
-        return self.job is not None and self.job.rounds.roster.finished
+        """All workers of the job have left, or are lost for good; or it cannot begin, and all had time to hear that."""
+        return self._over if self.job is None else self.job.finished
 
     def fail(self, text: str, now: float) -> None:
-        """End the job, if there is one, on every rank."""
+        """End the job on every rank, also one that has not begun."""
         if self.job is not None:
             self.job.fail(text, now)
             self._collect()
+        elif self._failed_before is None:
+            self._failed_before, self._failed_at_s = messages.as_text(text), now
+            logger.info("the job has failed before it began: %s", text)
+            for peer, _ in self._lobby.take_waiting():
+                self._send(peer, messages.Failed(self._failed_before))
 
     # --- joining ----------------------------------------------------------------------------------------
 
@@ -134,6 +176,8 @@ class Aggregator:
         Raises:
             ConfigError: it cannot be; names the remedy.
         """
+        if self.failed is not None:
+            return  # and whoever says Hello is told why
         check_job(spec, plan, aggregators=self.count)
         self._begin(spec, plan, now)
         self._let_in_who_waits(now)
@@ -154,10 +198,8 @@ class Aggregator:
                 "every rank its own number"
             )
         if self.job is None and (self._told or hello.worker != 0):
-            self._lobby.keep_waiting(peer, hello)
+            self._lobby.keep_waiting(peer, hello, now)
             return
-        if self._lobby.worker_of(peer) == hello.worker:
-            return  # it was asked twice, for two messages that it had sent before it was in
         try:
             if hello.version != messages.PROTOCOL_VERSION:
                 raise ProtocolError(
@@ -167,19 +209,25 @@ class Aggregator:
             if self.job is None:
                 self._begin(*read_job(hello, rest, aggregators=self.count), now)
             assert self.job is not None
-            self._lobby.admit(peer, hello, self.job.spec)
-            try:
-                self.job.join(hello.worker, hello.step, now)
-            except ProtocolError:
-                self._lobby.remove(peer)
-                raise
+            self._lobby.check(hello, self.job.spec)
+            oldest = self.job.oldest_for(hello.worker, hello.step)
         except (ProtocolError, PlanError, ConfigError) as error:
-            self.stats["refused"] += 1
-            logger.warning("a worker was refused: %s", error)
-            self._send(peer, messages.Refusal(messages.as_text(error)))
+            self._refuse(peer, messages.as_text(error))
             return
+        if self._lobby.is_taken(hello):
+            self._lobby.keep_waiting(peer, hello, now)
+            return
+        heard = self._lobby.admit(peer, hello)
+        self._send(peer, messages.Welcome(oldest, hello.attempt, heard))
+        self.job.join(hello.worker, hello.step, now)
         self._collect()
         self._let_in_who_waits(now)
+
+    def _refuse(self, peer: Peer, why: str) -> None:
+        """Turn a worker away, for good."""
+        self.stats["refused"] += 1
+        logger.warning("a worker was refused: %s", why)
+        self._send(peer, messages.Refusal(why))
 
     # --- what goes out ----------------------------------------------------------------------------------
 
@@ -198,6 +246,10 @@ class Aggregator:
     def drain(self) -> list[tuple[Peer, list[Frame]]]:
         """Return what is to be sent, in order, and forget it."""
         outbox, self._outbox = self._outbox, []
+        for worker, frames in self.job.feed.take() if self.job is not None else ():
+            peer = self._lobby.peer_of(worker)
+            if peer is not None:
+                outbox.append((peer, frames))
         return outbox
 
     def report(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch_qgc.protocol.messages import Agreed, Mark, Marked
 __all__ = ["Agreement", "Verdict"]
 
 MOST_PENDING = 64  # steps, and ends of loops, that wait for somebody's word
+MOST_ENDS = 4  # of loops that are told again to whoever was away
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Agreement:
         self._loops: dict[int, _Loop] = {}
         self._begun: dict[int, int] = {}  # worker -> the newest step that it has begun
         self._agreed_step = -1
+        self._ends: dict[int, Marked] = {}  # of the newest loops, also of those that all have left
 
     def state(self, worker: int, step: int, parts: Mapping[str, str]) -> None:
         """Enter what a replica is before a step."""
@@ -76,12 +78,18 @@ class Agreement:
         for loop in [loop for loop in self._loops.values() if loop.marks]:
             known = self._end(loop, alive)
             if known != loop.told:
-                loop.told = known
+                loop.told = self._ends[loop.number] = known
                 verdict.messages.append(known)
             if alive <= loop.marks.keys():
                 del self._loops[loop.number]
                 verdict.problem = verdict.problem or _unequal_ends(loop.marks)
+        _bound(self._ends, MOST_ENDS)
         return verdict
+
+    def known(self) -> list[Agreed | Marked]:
+        """Return what everybody has been told, for one that may have missed it."""
+        agreed: list[Agreed | Marked] = [Agreed(self._agreed_step)] if self._agreed_step >= 0 else []
+        return agreed + list(self._ends.values())
 
     def _end(self, loop: _Loop, alive: AbstractSet[int]) -> Marked:
         """Return what is known of the end of a loop.
@@ -135,6 +143,6 @@ def _unequal_ends(marks: Mapping[int, Mark]) -> str | None:
     )
 
 
-def _bound(pending: dict[int, Any]) -> None:
-    while len(pending) > MOST_PENDING:
+def _bound(pending: dict[int, Any], most: int = MOST_PENDING) -> None:
+    while len(pending) > most:
         del pending[min(pending)]

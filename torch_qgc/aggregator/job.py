@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import RoundDecoder
+from torch_qgc.aggregator.feed import Feed
 from torch_qgc.aggregator.planning import Planning
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.job.log import ResultLog
+from torch_qgc.job.progress import Progress
 from torch_qgc.job.rounds import Closing, Fate, Rounds
 from torch_qgc.kernels import payload_bytes
 from torch_qgc.kernels.buffers import Payload
@@ -27,14 +29,13 @@ from torch_qgc.protocol.contract import JobSpec
 __all__ = ["Job"]
 
 Frame = Any  # bytes, memoryview or another buffer
-SAY_EVERY_S = 10.0  # after so long it is said who is waited for
 EVERYBODY = None  # in the outbox: all workers that are in
 
 
 class Job:
     """An aggregator's part of one job: the rounds of its chunks.
 
-    What is to be sent collects in `outbox`, as (worker or EVERYBODY, frames).
+    What is to be sent collects in `outbox`, as (worker or EVERYBODY, frames), and results in `feed`.
 
     Args:
         spec, plan: the job, validated.
@@ -61,6 +62,7 @@ class Job:
         self.failed: str | None = None
         self.outbox: list[tuple[int | None, list[Frame]]] = []
         self.log = ResultLog(spec.log_capacity(index))
+        self.feed = Feed(self.log)
         self.rounds: Rounds[Payload] = Rounds(
             self.courses,
             chunks=spec.owned_by(index),
@@ -74,14 +76,18 @@ class Job:
         self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
+        self._gone: dict[int, Literal["left", "lost"]] = {}  # workers that are not in
         self._has_been_late: set[int] = set()
-        self._watched_step, self._watched_since_s, self._said_at_s = -1, now, now
+        self._verify: messages.Verify | None = None  # the newest that was asked for
+        self._progress = Progress(spec.stall_timeout_s)
+        self._empty_since_s: float | None = None  # nobody is in
+        self._abandoned = False
         self._trace = trace
 
     # --- members come and go ----------------------------------------------------------------------------
 
-    def join(self, worker: int, step: int, now: float) -> None:
-        """Enter a worker that lacks the results from `step` on.
+    def oldest_for(self, worker: int, step: int) -> int:
+        """Return the oldest step whose results can be had, for a worker that lacks those from `step` on.
 
         Raises:
             ProtocolError: they are no longer there, or there can be no results before it yet.
@@ -97,30 +103,60 @@ class Job:
                 f"worker {worker} has results up to step {step - 1}, but step {newest} has not closed yet: is it a "
                 "worker of another job?"
             )
-        self.rounds.join(worker, step, now)
-        logger.info("worker %d joined at step %d", worker, step)
-        self._send(worker, messages.Welcome(oldest))
-        if self._decides:
-            for course in self.courses.changes:
-                self._announce(course, worker)
+        return oldest
 
-    def lost(self, worker: int, now: float, why: str = "its process or its network is gone") -> None:
-        """Note that a worker has vanished: an immediate erasure, or the end of the job if the rule says so."""
-        if worker in self._left_at:
-            return  # it has said goodbye
-        self._take_out(worker, now, why)
+    def join(self, worker: int, step: int, now: float) -> None:
+        """Enter a worker that lacks the results from `step` on, and tell it all that it may have missed."""
+        self._enter(worker, step, now)
+        logger.info("worker %d joined at step %d", worker, step)
+        for course in self.courses.changes if self._decides else ():
+            self._announce(course, worker)
+        for other, how in self._gone.items():
+            self._send(worker, messages.Gone(other, how))
+        for began, at_s in self.rounds.began_at_s.items():
+            self._send(worker, messages.Started(began, now - at_s))
+        for message in (*self._agreement.known(), self._verify):
+            if message is not None:
+                self._send(worker, message)
+        self.feed.start(worker, step)
+
+    def _enter(self, worker: int, step: int, now: float) -> None:
+        self.rounds.join(worker, step, now)
+        if self._gone.pop(worker, None) is not None:
+            self._left_at.pop(worker, None)
+            logger.info("worker %d is back", worker)
+            self._send(EVERYBODY, messages.Gone(worker, "back"))
+
+    def lost(self, worker: int, now: float) -> None:
+        """Note that a worker's connection is gone: it is away, and lost if it does not come back soon."""
+        self.feed.stop(worker)
+        if worker in self._gone:
+            return  # it has said goodbye, or was lost before
+        self.rounds.away(worker, now)
+        self._take_out_who_is_away(now)
         self.close_due(now)
+
+    def _take_out_who_is_away(self, now: float) -> None:
+        for worker in self.rounds.roster.away_for(self.spec.away_s if self.failed is None else 0.0, now):
+            self._take_out(worker, now, "its process or its network is gone")
 
     def _take_out(self, worker: int, now: float, why: str) -> None:
         self.stats["lost_workers"] += 1
         self.rounds.leave(worker, now, "lost")
+        self._gone[worker] = "lost"
         if self.failed is not None:
             return
-        logger.info("worker %d was lost in step %d: %s", worker, self.rounds.oldest, why)
-        if self.spec.rule.on_loss == "fail":
+        step = self.rounds.oldest
+        logger.info("worker %d was lost in step %d: %s", worker, step, why)
+        if self.courses.warms_up(step):
             self.fail(
-                f"worker {worker} was lost in step {self.rounds.oldest}: {why} (on_loss='fail'; 'continue' lets the "
-                "others go on)",
+                f"worker {worker} was lost in step {step}: {why}. In the first {self.spec.rule.warmup_steps} steps all "
+                "must take part (DDP rebuilds its buckets there): start the job again",
+                now,
+            )
+        elif self.spec.rule.on_loss == "fail":
+            self.fail(
+                f"worker {worker} was lost in step {step}: {why} (on_loss='fail'; 'continue' lets the others go on)",
                 now,
             )
         else:
@@ -144,6 +180,9 @@ class Job:
         Raises:
             ProtocolError, CodecError: it is dropped.
         """
+        self._progress.note(worker)
+        if self._gone.get(worker) == "lost":
+            self._take_back(worker, now)
         match message:
             case messages.Begin():
                 self._begin(worker, message, now)
@@ -166,8 +205,6 @@ class Job:
                 self._settle_agreement(now)
             case messages.Replan():
                 self._adopt(worker, message, rest, now)
-            case messages.Fault(step, text):
-                self.fail(f"worker {worker} failed at step {step}: {text}", now)
             case messages.Bye(step):
                 self._bye(worker, step, now)
                 self.close_due(now)
@@ -209,10 +246,27 @@ class Job:
 
     # --- closing ----------------------------------------------------------------------------------------
 
-    def close_due(self, now: float, chunks: Iterable[int] | None = None) -> None:
-        """Decode, log and send the rounds that are due; give up those who have not joined in time."""
-        for worker in self.rounds.overdue(now):
+    def tick(self, now: float) -> None:
+        """Do what time brings: give up those who do not come, come back or move on, and close what is due."""
+        for worker in self.rounds.roster.overdue(now):
             self._take_out(worker, now, f"it did not join within {self.spec.join_timeout_s:g} s")
+        self._take_out_who_is_away(now)
+        self._take_out_who_is_stuck(now)
+        if self.rounds.roster.alive.any():
+            self._empty_since_s = None
+        elif self._empty_since_s is None:
+            self._empty_since_s = now
+        self._abandoned = self._empty_since_s is not None and now > self._empty_since_s + self.spec.join_timeout_s
+        self.close_due(now)
+
+    @property
+    def finished(self) -> bool:
+        """Nobody is in, or will come back: some have left in good order, it has failed, or all were lost long ago."""
+        over = bool(self._left_at) or self.failed is not None or self._abandoned
+        return over and not self.rounds.roster.alive.any()
+
+    def close_due(self, now: float, chunks: Iterable[int] | None = None) -> None:
+        """Decode, log and send the rounds that are due."""
         if self.failed is not None:
             return
         closings = self.rounds.close_due(now, chunks)
@@ -224,19 +278,33 @@ class Job:
         if self._planning is not None and self.failed is None:
             self._planning.plan_if_due(self.replan, now)
 
-    def say_who_is_waited_for(self, now: float) -> None:
-        """Name the workers that a step has been open for for long, now and then: nobody waits in silence."""
+    def _take_out_who_is_stuck(self, now: float) -> None:
+        """Name the workers that a step has been open for for long, now and then, and give up those that do nothing."""
         step, workers = self.rounds.waited_for()
-        if step != self._watched_step:
-            self._watched_step, self._watched_since_s, self._said_at_s = step, now, now
-        elif workers and now - self._said_at_s >= SAY_EVERY_S and step in self.rounds.began_at_s:
-            self._said_at_s = now
-            logger.warning(
-                "step %d has been open for %.0f s: it waits for workers %s",
-                step,
-                now - self._watched_since_s,
-                sorted(workers),
+        open_s, stuck = self._progress.look(step, workers if step in self.rounds.began_at_s else frozenset(), now)
+        if open_s is not None:
+            logger.warning("step %d has been open for %.0f s: it waits for workers %s", step, open_s, sorted(workers))
+        for worker in self.rounds.roster.joined.intersection(stuck):
+            self._take_out(
+                worker,
+                now,
+                f"the others have waited for it for {self.spec.stall_timeout_s:g} s, and its training thread has done "
+                "nothing; Limits(stall_timeout_s=...) is how long it may",
             )
+
+    def _take_back(self, worker: int, now: float) -> None:
+        """Let a worker that was given up go on, if what it lacks is still there.
+
+        Raises:
+            ProtocolError: it is not, and the worker is told that it cannot go on.
+        """
+        step = self.rounds.roster.position(worker)
+        try:
+            self.oldest_for(worker, step)
+        except ProtocolError as error:
+            self._send(worker, messages.Refusal(messages.as_text(error)))
+            raise
+        self._enter(worker, step, now)
 
     def _publish(self, closing: Closing[Payload], now: float) -> None:
         decoded = self._decoder.decode(closing, self._temperatures.get(closing.step, LEAST))
@@ -244,7 +312,7 @@ class Job:
         if self._planning is not None:
             self._planning.close(closing, decoded, now)
         self.log.put(closing.step, closing.chunk, frames)
-        self.outbox.append((EVERYBODY, frames))
+        self.feed.publish(closing.step, closing.chunk)
         self.stats["rounds"] += 1
         deadline_s = self.courses.deadline_s(closing.step)
         if deadline_s is not None and closing.extended_s > 0.5 * deadline_s:
@@ -319,7 +387,8 @@ class Job:
             self.rounds.take(worker, step, now)
             if worker not in self._has_been_late:  # whatever its loop does otherwise shows now
                 self._has_been_late.add(worker)
-                self._send(EVERYBODY, messages.Verify(self.rounds.newest + 2))
+                self._verify = messages.Verify(self.rounds.newest + 2)
+                self._send(EVERYBODY, self._verify)
         else:
             first = self.rounds.begin(worker, step, now)
             self._check_plan(worker, begin, now)
@@ -336,7 +405,7 @@ class Job:
     def _bye(self, worker: int, step: int, now: float) -> None:
         self.rounds.leave(worker, now)
         self._send(EVERYBODY, messages.Gone(worker, "left"))
-        self._left_at[worker] = step
+        self._left_at[worker], self._gone[worker] = step, "left"
         if self.failed is None and self.rounds.newest_begun >= step and self.rounds.roster.alive.any():
             self.fail(_left_early(worker, step, None, self.rounds.newest_begun), now)
         self._settle_agreement(now)

@@ -16,6 +16,7 @@ from torch_qgc.protocol.transport import Peer
 __all__ = ["Lobby", "check_job", "read_job"]
 
 MOST_WAITING = MOST_WORKERS  # hellos
+TAKEN_S = 15.0  # for which a worker waits whose number another process has: its end may not have been noticed yet
 
 _REMEDIES = {
     "workers": "start every rank with the same world size",
@@ -53,12 +54,17 @@ def check_job(spec: JobSpec, plan: Plan, *, aggregators: int) -> None:
 
 
 class Lobby:
-    """The connections of the workers that are in, and the hellos that wait until it is known what the job is."""
+    """Who owns which worker's number, over which connection, and the hellos that wait to be let in.
+
+    A number belongs to a session, one life of a worker. Connections of it come and go; what was said over one that is
+    lost is said again over the next, so messages are counted here.
+    """
 
     def __init__(self) -> None:
         self._peer_of: dict[int, Peer] = {}
         self._session_of: dict[int, str] = {}
-        self._waiting: dict[Peer, messages.Hello] = {}
+        self._heard: dict[int, int] = {}  # messages of each worker's session since its last Hello
+        self._waiting: dict[Peer, tuple[messages.Hello, float]] = {}  # and since when
 
     def worker_of(self, peer: Peer) -> int | None:
         """Return the worker behind a connection, None if it is not in."""
@@ -72,11 +78,32 @@ class Lobby:
         """Return the connections of all that are in."""
         return list(self._peer_of.values())
 
-    def admit(self, peer: Peer, hello: messages.Hello, spec: JobSpec) -> None:
-        """Let a worker in, for the first time, back from the dead, or on another connection than before.
+    def hear(self, worker: int) -> None:
+        """Count a message of a worker that is in."""
+        self._heard[worker] += 1
+
+    def heard(self, worker: int) -> int:
+        """Return how many messages of a worker have come since its last Hello."""
+        return self._heard[worker]
+
+    def speaks_for(self, peer: Peer, session: str) -> bool:
+        """Tell whether what a session says over a connection is the worker's word, before its Hello as well."""
+        if peer.worker not in self._peer_of or self.worker_of(peer) is not None:
+            return True
+        return bool(session) and self._session_of[peer.worker] == session
+
+    def is_taken(self, hello: messages.Hello) -> bool:
+        """Tell whether the number belongs to another process that is in."""
+        return hello.worker in self._peer_of and not self._is_owner(hello)
+
+    def _is_owner(self, hello: messages.Hello) -> bool:
+        return bool(hello.session) and self._session_of.get(hello.worker) == hello.session
+
+    def check(self, hello: messages.Hello, spec: JobSpec) -> None:
+        """Check that a worker belongs to a job.
 
         Raises:
-            ProtocolError: it does not fit the job: names the field that differs, or who has its number already.
+            ProtocolError: it does not; names the field that differs.
         """
         if hello.spec != spec:
             mine, theirs = msgspec.to_builtins(spec), msgspec.to_builtins(hello.spec)
@@ -89,13 +116,17 @@ class Lobby:
             )
         if hello.worker >= spec.workers:
             raise ProtocolError(f"expected a worker number below {spec.workers}, got {hello.worker}")
-        same = hello.session and hello.session == self._session_of.get(hello.worker)
-        if hello.worker in self._peer_of and not same:
-            raise ProtocolError(
-                f"worker {hello.worker} is already in this job from another process: give every rank its own number; "
-                "if it was restarted, try again when the old process's connection has timed out"
-            )
+
+    def admit(self, peer: Peer, hello: messages.Hello) -> int:
+        """Let a worker in: for the first time, back from the dead, or over another connection than before.
+
+        Returns:
+            How many messages of its session were heard since its Hello before this one.
+        """
+        heard = self._heard[hello.worker] if self._is_owner(hello) else 0
         self._peer_of[hello.worker], self._session_of[hello.worker] = peer, hello.session
+        self._heard[hello.worker] = 0
+        return heard
 
     def remove(self, peer: Peer) -> int | None:
         """Forget a connection; return the worker it spoke for."""
@@ -105,21 +136,37 @@ class Lobby:
             del self._peer_of[worker]
         return worker
 
-    # --- before the job is known --------------------------------------------------------------------------
+    # --- hellos that wait ---------------------------------------------------------------------------------
 
-    def keep_waiting(self, peer: Peer, hello: messages.Hello) -> None:
-        """Keep a hello until it is known what the job is; beyond a bound it is not kept, and asked for again."""
-        if len(self._waiting) < MOST_WAITING:
-            self._waiting[peer] = hello
+    def keep_waiting(self, peer: Peer, hello: messages.Hello, now: float) -> None:
+        """Keep a hello until the job is known, or its number free; beyond a bound it is not, and asked for again."""
+        if peer in self._waiting or len(self._waiting) < MOST_WAITING:
+            self._waiting[peer] = hello, now
 
     def is_waiting(self, peer: Peer) -> bool:
         """Tell whether a connection's hello is kept."""
         return peer in self._waiting
 
     def take_waiting(self) -> list[tuple[Peer, messages.Hello]]:
-        """Return the hellos that were kept, and forget them."""
-        waiting, self._waiting = list(self._waiting.items()), {}
-        return waiting
+        """Return the hellos that may be let in now, and forget them."""
+        ready = [(peer, hello) for peer, (hello, _) in self._waiting.items() if not self.is_taken(hello)]
+        for peer, _ in ready:
+            del self._waiting[peer]
+        return ready
+
+    def take_refused(self, now: float) -> list[tuple[Peer, str]]:
+        """Return those that have waited in vain for a number that another process has, and why; forget them."""
+        refused = [
+            (peer, hello.worker)
+            for peer, (hello, since_s) in self._waiting.items()
+            if self.is_taken(hello) and now > since_s + TAKEN_S
+        ]
+        for peer, _ in refused:
+            del self._waiting[peer]
+        return [
+            (peer, f"worker {worker} is in this job from another process: give every rank its own number")
+            for peer, worker in refused
+        ]
 
     def __repr__(self) -> str:
         return f"Lobby({len(self._peer_of)} workers in, {len(self._waiting)} waiting)"

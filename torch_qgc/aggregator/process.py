@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import msgspec
@@ -38,9 +38,9 @@ def serve(
         for peer, frames in transport.poll(aggregator.wakeup_in(clock.now())):
             aggregator.receive(peer, frames, clock.now())
         aggregator.tick(clock.now())
-        gone = _send(aggregator, transport)
+        gone = _send(aggregator, transport, clock.now())
         aggregator.plan(clock.now())
-        gone |= _send(aggregator, transport)
+        gone |= _send(aggregator, transport, clock.now())
         if gone:  # a worker that has said goodbye may be gone before that is read
             for peer, frames in transport.poll(0.0):
                 aggregator.receive(peer, frames, clock.now())
@@ -51,12 +51,18 @@ def serve(
             break
 
 
-def _send(aggregator: Aggregator, transport: Transport) -> set[Peer]:
+def _send(aggregator: Aggregator, transport: Transport, now: float) -> set[Peer]:
     """Send what is to be sent; return the connections that turn out to be gone."""
     gone: set[Peer] = set()
+    unsent: dict[Peer, list[Sequence[Any]]] = {}  # to peers whose queue is full
     for peer, frames in aggregator.drain():
-        if peer not in gone and transport.send(peer, frames) is Sent.GONE:
+        sent = Sent.GONE if peer in gone else Sent.FULL if peer in unsent else transport.send(peer, frames)
+        if sent is Sent.GONE:
             gone.add(peer)
+        elif sent is Sent.FULL:
+            unsent.setdefault(peer, []).append(frames)
+    for peer, theirs in unsent.items():
+        aggregator.unsent(peer, theirs, now)
     return gone
 
 

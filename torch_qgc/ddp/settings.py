@@ -30,6 +30,10 @@ class Limits:
         most_batch: the largest batch of a worker, in units of `batch_size`, that new plans may give it: it must fit
             into its memory. More: fast workers can make up for slower ones.
         join_timeout_s: how long the first step waits for workers.
+        away_s: how long a worker whose connection is gone may take to come back before it counts as lost. A killed
+            process costs steps that wait for all that long, once.
+        stall_timeout_s: a worker that the others wait for counts as lost when its training thread gives no sign of
+            life for that long. Longer than anything that a single rank does between two steps, such as an evaluation.
         silence_s: an aggregator that is silent for that long is gone.
     """
 
@@ -40,6 +44,8 @@ class Limits:
     inbox_bytes: int = 512 << 20
     most_batch: float = 2.0
     join_timeout_s: float = 300.0
+    away_s: float = 3.0
+    stall_timeout_s: float = 600.0
     silence_s: float = 30.0
 
 
@@ -123,6 +129,8 @@ def job_spec(
         log_steps=limits.log_steps,
         log_bytes=limits.log_bytes,
         join_timeout_s=limits.join_timeout_s,
+        away_s=limits.away_s,
+        stall_timeout_s=limits.stall_timeout_s,
     )
     spec.validate(plan)
     return spec

@@ -163,7 +163,11 @@ class Courses:
 
     def deadline_s(self, step: int) -> float | None:
         """Return the deadline of a step; None: it waits for all."""
-        return None if step - self.first_step < self.rule.warmup_steps else self.at(step).deadline_s
+        return None if self.warms_up(step) else self.at(step).deadline_s
+
+    def warms_up(self, step: int) -> bool:
+        """Tell whether a step is one of the first, in which all must take part."""
+        return step - self.first_step < self.rule.warmup_steps
 
     def waits_for_all(self, step: int) -> bool:
         """Tell whether a step closes only when every live worker is in."""

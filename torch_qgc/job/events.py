@@ -15,7 +15,8 @@ class Event:
 
     Attributes:
         time_s: when, on the clock of the end that saw it (time.monotonic() in real jobs).
-        name: what. Aggregators: "join", "begin", "take", "arrive", "close", "lost", "left", "replan", "reject", "fail".
+        name: what. Aggregators: "join", "begin", "take", "arrive", "close", "away", "lost", "left", "replan", "reject",
+            "fail".
             Workers: "joined", "begin", "gather", "encode", "push", "result", "wait", "put", "replay", "hash", "gone",
             "replan", "fault".
         step, chunk, worker: which, where that makes sense, else None.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = ["ResultLog"]
@@ -19,6 +20,10 @@ class ResultLog:
         self.capacity = capacity
         self._frames: OrderedDict[int, dict[int, list[Any]]] = OrderedDict()
         self.bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Go through (step, chunk) of what is here, by step."""
+        return ((step, chunk) for step, chunks in self._frames.items() for chunk in chunks)
 
     def put(self, step: int, chunk: int, frames: list[Any]) -> None:
         """Keep a result's frames; forget the steps that no longer fit."""

@@ -162,9 +162,10 @@ class Rounds(Generic[T]):
         self.roster.remove(worker)
         self._trace(Event(now, how, None, None, worker, {}))
 
-    def overdue(self, now: float) -> list[int]:
-        """Return the workers that have not joined in time: to be taken out with `leave`."""
-        return self.roster.overdue(now)
+    def away(self, worker: int, now: float) -> None:
+        """Note that a worker's connection is gone. Steps that wait for all go on waiting for it; others do not."""
+        self.roster.away(worker, now)
+        self._trace(Event(now, "away", None, None, worker, {}))
 
     def begin(self, worker: int, step: int, now: float) -> bool:
         """Note that a worker computes a step; tell whether it is the first to, which starts the step's clock.
@@ -229,14 +230,16 @@ class Rounds(Generic[T]):
 
     def close_due(self, now: float, chunks: Iterable[int] | None = None) -> list[Closing[T]]:
         """Close the rounds that are due now, of all chunks or of those that something has happened to."""
-        alive = self.roster.awaited
-        due = [c for c in (self.chunks if chunks is None else chunks) if self._is_due(self._open[c], now, alive)]
+        awaited, here = self.roster.awaited, self.roster.here
+        chunks = self.chunks if chunks is None else chunks
+        due = [c for c in chunks if self._is_due(self._open[c], now, awaited, here)]
         return [self._close(chunk, now) for chunk in due]
 
     def waited_for(self) -> tuple[int, frozenset[int]]:
         """Return the oldest open step, and the workers that it is open for: alive, and not in it."""
         present = [r.present for r in self._open.values() if r.step == self.oldest]
-        return self.oldest, self.roster.awaited - frozenset.intersection(*map(frozenset, present))
+        awaited = self.roster.awaited if self.waits_for_all(self.oldest) else self.roster.here
+        return self.oldest, awaited - frozenset.intersection(*map(frozenset, present))
 
     def next_deadline_s(self, now: float) -> float:
         """Return when the next deadline is; infinite if there is none ahead.
@@ -247,11 +250,12 @@ class Rounds(Generic[T]):
         ahead = [began + deadline_s for began, deadline_s in deadlines_s if deadline_s is not None]
         return min((at for at in ahead if at > now), default=math.inf)
 
-    def _is_due(self, current: _Round[T], now: float, alive: AbstractSet[int]) -> bool:
+    def _is_due(self, current: _Round[T], now: float, awaited: AbstractSet[int], here: AbstractSet[int]) -> bool:
         present = current.present
+        began_at_s, deadline_s = self.began_at_s.get(current.step), self.courses.deadline_s(current.step)
+        alive = awaited if deadline_s is None else here
         if alive and alive <= present:
             return True
-        began_at_s, deadline_s = self.began_at_s.get(current.step), self.courses.deadline_s(current.step)
         if began_at_s is None or deadline_s is None:
             return False
         if len(present) < min(self.rule.quorum, max(len(alive), 1)):

@@ -107,6 +107,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     log_steps: Annotated[int, msgspec.Meta(ge=LEAST_LOG_STEPS, lt=2**31)]  # results kept for late workers
     log_bytes: Count  # and their size, whichever is less
     join_timeout_s: Seconds  # how long the first step waits for workers that have not joined
+    away_s: Seconds  # how long a worker whose connection is gone may take to come back before it counts as lost
+    stall_timeout_s: Seconds  # how long a worker may keep the others waiting without a sign of its training thread
 
     @property
     def chunks(self) -> int:

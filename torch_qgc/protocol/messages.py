@@ -69,7 +69,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     worker: Index
     step: Step  # the first step whose result this worker lacks
     spec: JobSpec
-    session: Digest = ""  # the same on all connections of one life of the worker: a new one replaces the one before
+    session: Digest = ""  # of one life of the worker: it owns the number, over whatever connection
+    attempt: Index = 0  # Hellos of this session here so far
 
 
 class Begin(msgspec.Struct, tag="begin", frozen=True):
@@ -123,10 +124,14 @@ class Mark(msgspec.Struct, tag="mark", frozen=True):
 
 
 class Fault(msgspec.Struct, tag="fault", frozen=True):
-    """Report an error on this worker: the job ends on every rank. Answered by Failed, to the sender as well."""
+    """Report an error on this worker: the job ends on every rank. Answered by Failed, to the sender as well.
+
+    The one message that is heard without a Hello: an error may come before the job is joined.
+    """
 
     step: Step
     text: Text
+    session: Digest = ""
 
 
 class Bye(msgspec.Struct, tag="bye", frozen=True):
@@ -151,9 +156,11 @@ class Replan(msgspec.Struct, tag="replan", frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """Confirm that the worker is in; `oldest` is the oldest step whose results can still be had."""
+    """Confirm that the worker is in. What it lacks follows unasked: plans, who is gone, results."""
 
-    oldest: Step
+    oldest: Step  # whose results can still be had
+    attempt: Index = 0  # the Hello that this answers
+    heard: Step = 0  # messages of the session since the Hello before: what was sent after them is to be sent again
 
 
 class Refusal(msgspec.Struct, tag="refusal", frozen=True):
@@ -163,7 +170,7 @@ class Refusal(msgspec.Struct, tag="refusal", frozen=True):
 
 
 class Introduce(msgspec.Struct, tag="introduce", frozen=True):
-    """Ask an unknown peer to say Hello (again)."""
+    """Ask who speaks: nothing is heard on a connection before its Hello."""
 
 
 class Started(msgspec.Struct, tag="started", frozen=True):
@@ -186,10 +193,10 @@ class Result(msgspec.Struct, tag="result", frozen=True):
 
 
 class Gone(msgspec.Struct, tag="gone", frozen=True):
-    """Tell the others that a worker is no longer in the job: it left in good order, or was lost."""
+    """Tell all that a worker is no longer in the job, because it left in good order or was lost; or that it is back."""
 
     worker: Index
-    how: Literal["left", "lost"]
+    how: Literal["left", "lost", "back"]
 
 
 class Verify(msgspec.Struct, tag="verify", frozen=True):
@@ -226,6 +233,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 class Ping(msgspec.Struct, tag="ping", frozen=True):
     """Show that the aggregator is there."""
+
+    heard: Step = 0  # messages since the last Hello
 
 
 FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Fault | Bye | Replan

@@ -30,7 +30,7 @@ class Sent(enum.Enum):
     """What became of a message that was to be sent."""
 
     OK = "ok"
-    FULL = "full"  # the peer's queue is full: dropped, the peer will ask again
+    FULL = "full"  # the peer's queue is full
     GONE = "gone"  # there is no such connection any more
 
 

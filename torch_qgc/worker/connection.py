@@ -14,7 +14,8 @@ from torch_qgc.worker.session import Session
 
 __all__ = ["Carrier", "Connection"]
 
-REFETCH_S = 1.0  # after that long without news, missing results are asked for again
+REFETCH_S, MOST_REFETCH_S = 10.0, 60.0  # results that do not come are asked for, ever less often
+GOODBYE_S = 5.0  # for which a goodbye may take to be heard
 
 
 class Carrier(Protocol):
@@ -188,24 +189,28 @@ class Connection:
         """
         session, inbox = self._session, self._session.inbox
         taken: set[int] = set()
-        asked = False
+        self._fetch(inbox.forgotten())
+        asked_s, patience_s = self.now(), REFETCH_S
         while len(taken) < session.spec.chunks:
             with self._carrier.locked():
                 self._check()
+                left_s = asked_s + patience_s - self.now()
+                self._carrier.wait_for(lambda: session.error or inbox.ready(taken), max(left_s, 0.0))
                 ready = inbox.ready(taken)
-                if not ready:
-                    lost = inbox.passed and not asked  # did not fit into the inbox when it came
-                    news = not lost and self._carrier.wait_for(lambda: session.error or inbox.ready(taken), REFETCH_S)
-                    if not news:
-                        session.refetch()
-                        self._carrier.flush()
-                        asked = True
-                    continue
+                if not ready and self.now() >= asked_s + patience_s:
+                    self._fetch(inbox.missing())
+                    asked_s, patience_s = self.now(), min(2 * patience_s, MOST_REFETCH_S)
             for result in ready:
                 taken.add(result.chunk)
                 yield result
         with self._carrier.locked():
             inbox.advance()
+
+    def _fetch(self, chunks: list[int]) -> None:
+        if chunks:
+            with self._carrier.locked():
+                self._session.fetch(chunks)
+                self._carrier.flush()
 
     def wait_closed(self, step: int, timeout_s: float) -> bool:
         """Wait until a step has closed without this worker, at most timeout_s; tell whether it has."""
@@ -217,9 +222,13 @@ class Connection:
             return self._session.inbox.elapsed_s(step, self._carrier.now())
 
     def close(self) -> None:
-        """Say goodbye; what is queued is still sent for a moment."""
+        """Say goodbye, and wait a moment until it is heard: whoever just goes away is taken for lost."""
+        session, everybody = self._session, len(self._session.endpoints)
         with self._carrier.locked():
-            self._session.leave()
+            session.leave()
+            self._carrier.flush()
+            if len(session.welcomed) == everybody and session.error is None:
+                self._carrier.wait_for(lambda: session.error or len(session.left_at) == everybody, GOODBYE_S)
         self._carrier.close()
 
     def _say(self, message: messages.FromWorker, aggregator: int | None = None) -> None:

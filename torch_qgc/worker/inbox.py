@@ -61,6 +61,7 @@ class Inbox:
         self._results: dict[int, dict[int, ClosedRound]] = {}
         self._newest = -1  # the newest step of which any result was received, kept or not
         self._started_s: dict[int, float] = {}
+        self._forgotten: set[tuple[int, int]] = set()  # (step, chunk) of results that did not fit
 
     def put(self, header: Result, frames: list[Any]) -> bool:
         """Take a result; tell whether it is new and was kept.
@@ -93,6 +94,7 @@ class Inbox:
         )
         if header.step > self.step:
             if self.held_bytes + result.nbytes > self._bound_bytes:
+                self._forgotten.add((header.step, header.chunk))
                 return False
             self.held_bytes += result.nbytes
         self._results.setdefault(header.step, {})[header.chunk] = result
@@ -106,6 +108,10 @@ class Inbox:
         """Return the chunks of the step at hand whose results are not in."""
         kept = self._results.get(self.step, {})
         return [chunk for chunk in range(self._spec.chunks) if chunk not in kept]
+
+    def forgotten(self) -> list[int]:
+        """Return the chunks of the step at hand whose results have come, and did not fit then."""
+        return [chunk for chunk in self.missing() if (self.step, chunk) in self._forgotten]
 
     @property
     def newest(self) -> int:
@@ -124,6 +130,7 @@ class Inbox:
         # What is at hand now no longer counts: its size is bounded by the model's.
         self.held_bytes -= sum(r.nbytes for r in self._results.get(self.step, {}).values())
         self._started_s = {s: t for s, t in self._started_s.items() if s >= self.step}
+        self._forgotten = {(s, c) for s, c in self._forgotten if s >= self.step}
 
     def closed(self, step: int) -> bool:
         """Tell whether a step has closed: all its results are in, or one of a later step."""

@@ -13,12 +13,13 @@ from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.inbox import Inbox
+from torch_qgc.worker.spoken import Message, Spoken
 
 __all__ = ["Outgoing", "Session"]
 
 Frame = Any
-#: An aggregator, and a call that gives the message for it: payloads may have to wait for a device.
-Outgoing = tuple[int, Callable[[], list[Frame]]]
+#: An aggregator, and the message for it.
+Outgoing = tuple[int, Message]
 
 
 class Session:
@@ -50,18 +51,20 @@ class Session:
         self.spec, self.worker, self.endpoints = spec, worker, list(endpoints)
         self.inbox = Inbox(spec, first_step, inbox_bytes)
         self.error: QGCError | None = None
-        self.welcomed: set[int] = set()
+        self.welcomed: set[int] = set()  # aggregators that have let this worker in
         self.failed_at: set[int] = set()  # aggregators that have said that the job has failed
-        self.gone: dict[int, str] = {}  # workers that are no longer in, and how they went
+        self.left_at: set[int] = set()  # aggregators that have heard this worker's goodbye
+        self.gone: dict[int, str] = {}  # workers that are not in now, and how they went
         self.verify_steps: set[int] = set()  # before which replicas are to be compared
         self.agreed_step = -1  # the newest before which all were found equal
         self.loop_ends: dict[int, messages.Marked] = {}  # what is known of the ends of loops, by number
         self.begun_step = -1  # the newest that anybody has begun, as aggregator 0 says, which knows of loops' ends, too
         self.rejections: list[str] = []
         self.bytes_sent = self.bytes_received = 0
-        self.outbox: list[Outgoing] = []
+        self._spoken = [Spoken() for _ in endpoints]
+        self._unheld: list[Outgoing] = []  # hellos, and what needs none
+        self._fault: Message | None = None
         self._left = False
-        self._said: list[Outgoing] = []  # in the step at hand; said again where a connection was lost
         self._name = secrets.token_hex(16)
         self._connected: set[int] = set()
         self.courses = courses
@@ -75,15 +78,21 @@ class Session:
 
     def say(self, message: messages.FromWorker, aggregator: int | None = None) -> None:
         """Queue a message for one aggregator, or for all."""
-        self.outbox += self._addressed(message, aggregator)
+        self._say(
+            [messages.encode_message(message)], range(len(self.endpoints)) if aggregator is None else [aggregator]
+        )
 
     def begin(self, begin: messages.Begin) -> None:
         """Queue the announcement of a step."""
-        self._keep(self._addressed(begin), forget=True)
+        for spoken in self._spoken:
+            spoken.step_begins(begin.step)
+        self._say([messages.encode_message(begin)], range(len(self.endpoints)), begin.step)
 
     def fault(self, step: int, text: str) -> None:
-        """Queue the report of an error; from now on nothing else is to be said."""
-        self._keep(self._addressed(messages.Fault(step, messages.as_text(text))), forget=True)
+        """Queue the report of an error, which needs no Hello; on a new connection it is said again."""
+        header = messages.encode_message(messages.Fault(step, messages.as_text(text), self._name))
+        self._fault = fault = lambda: [header]
+        self._unheld += [(aggregator, fault) for aggregator in range(len(self.endpoints))]
 
     def push(
         self, step: int, chunk: int, bits: int, payload: Callable[[], tuple[Frame, float, float]], spent_s: float = 0.0
@@ -94,7 +103,7 @@ class Session:
             buffer, variance, squared_norm = payload()
             return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm, spent_s)), buffer]
 
-        self._keep([(chunk % len(self.endpoints), frames)])
+        self._spoken[chunk % len(self.endpoints)].say(frames, step)
 
     def leave(self) -> None:
         """Queue a goodbye, once."""
@@ -102,39 +111,46 @@ class Session:
             self._left = True
             self.say(messages.Bye(self.inbox.step))
 
-    def refetch(self) -> None:
-        """Ask again for the results that the step at hand lacks."""
-        for chunk in self.inbox.missing():
-            self.say(messages.Fetch(self.inbox.step, chunk), chunk % len(self.endpoints))
+    def fetch(self, chunks: Iterable[int]) -> None:
+        """Ask again for results of the step at hand."""
+        step, count = self.inbox.step, len(self.endpoints)
+        for chunk in chunks:
+            self._say([messages.encode_message(messages.Fetch(step, chunk))], [chunk % count], step)
+
+    @property
+    def unheard(self) -> int:
+        """Messages that were said, and may have to be said again."""
+        return sum(len(spoken) for spoken in self._spoken)
 
     def drain(self) -> list[Outgoing]:
-        """Return what is to be sent, in order, and forget it."""
-        outbox, self.outbox = self.outbox, []
-        return outbox
+        """Return what is to be sent now, in order."""
+        unheld, self._unheld = self._unheld, []
+        return unheld + [(a, message) for a, spoken in enumerate(self._spoken) for message in spoken.drain()]
 
-    def _addressed(self, message: messages.FromWorker, aggregator: int | None = None) -> list[Outgoing]:
-        header = messages.encode_message(message)
-        return [(a, lambda: [header]) for a in (range(len(self.endpoints)) if aggregator is None else (aggregator,))]
-
-    def _keep(self, outgoing: list[Outgoing], *, forget: bool = False) -> None:
-        """Queue what may have to be said again."""
-        self._said = ([] if forget else self._said) + outgoing
-        self.outbox += outgoing
+    def _say(self, frames: list[Frame], aggregators: Iterable[int], step: int | None = None) -> None:
+        for aggregator in aggregators:
+            self._spoken[aggregator].say(lambda: frames, step)
 
     def _hello(self, aggregator: int) -> None:
+        """Introduce this worker on a new connection, or say again what has ended its part in the job."""
+        attempt = self._spoken[aggregator].hello()
+        if self._fault is not None:
+            self._unheld.append((aggregator, self._fault))
+            return
         hello = messages.Hello(
             version=messages.PROTOCOL_VERSION,
             worker=self.worker,
             step=self.inbox.step,
             spec=self.spec,
             session=self._name,
+            attempt=attempt,
         )
         plan = self.courses.at(self.spec.first_step).plan
         frames = [messages.encode_message(hello), *([plan.to_json().encode()] if self.worker == 0 else [])]
-        self.outbox.append((aggregator, lambda: frames))
+        self._unheld.append((aggregator, lambda: frames))
 
     def connected(self, aggregator: int) -> None:
-        """Note that a connection stands. Any but the first has lost what was on its way, so it begins with a Hello."""
+        """Note that a connection stands. Any but the first begins with a Hello: what was on its way may be lost."""
         if aggregator in self._connected and self.error is None:
             self._hello(aggregator)
         self._connected.add(aggregator)
@@ -157,22 +173,20 @@ class Session:
             case messages.Started(step, elapsed_s):
                 self._note_begun(aggregator, step)
                 self.inbox.start(step, now - elapsed_s)
-            case messages.Welcome():
-                self.welcomed.add(aggregator)
-                # After a reconnection: what was on its way on the old connection may be lost.
-                for course in self.courses.changes if aggregator else ():
-                    self._pass_on(course, [aggregator])
-                self.outbox += [(each, frames) for each, frames in self._said if each == aggregator]
-                self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
+            case messages.Welcome(_, attempt, heard):
+                if self._spoken[aggregator].answered(attempt, heard):
+                    self.welcomed.add(aggregator)
+                    self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
             case messages.Introduce():
-                self._hello(aggregator)
+                if self._spoken[aggregator].let_in:  # else it is being answered
+                    self._hello(aggregator)
             case messages.Refusal(text):
                 self.end(Refused(text))
             case messages.Failed(text):
                 self.failed_at.add(aggregator)
                 self.end(JobFailed(text))
             case messages.Gone(worker, how):
-                self._note_gone(worker, how, now)
+                self._note_gone(aggregator, worker, how, now)
             case messages.Verify(step):
                 self.verify_steps = {s for s in self.verify_steps if s >= self.inbox.step} | {step}
             case messages.Replan():
@@ -190,13 +204,12 @@ class Session:
                 logger.warning("worker %d: an aggregator has dropped a message: %s", self.worker, text)
                 if aggregator not in self.welcomed:
                     self.end(Refused(text))
-            case messages.Ping():
-                pass
+            case messages.Ping(heard):
+                self._spoken[aggregator].heard(heard)
 
     def _pass_on(self, course: Course, aggregators: Iterable[int]) -> None:
         """Tell other aggregators of a plan that aggregator 0 has made."""
-        frames = course.to_frames()
-        self.outbox += [(aggregator, lambda: frames) for aggregator in aggregators]
+        self._say(course.to_frames(), aggregators)
 
     def tick(self, now: float) -> None:
         """Notice aggregators that are silent.
@@ -225,11 +238,19 @@ class Session:
         if aggregator == 0:
             self.begun_step = max(self.begun_step, step)
 
-    def _note_gone(self, worker: int, how: str, now: float) -> None:
-        if self.gone.get(worker) == how:
-            return  # another aggregator has said so
-        self.gone[worker] = how
+    def _note_gone(self, aggregator: int, worker: int, how: str, now: float) -> None:
+        if worker == self.worker:
+            if how == "left":
+                self.left_at.add(aggregator)
+            return
+        if self.gone.get(worker, "back") == how:
+            return  # another aggregator has said so, or this one on another connection
         self._trace(Event(now, "gone", self.inbox.step, None, worker, {"how": how}))
+        if how == "back":
+            del self.gone[worker]
+            logger.warning("worker %d is back", worker)
+            return
+        self.gone[worker] = how
         if how == "lost":
             logger.warning(
                 "worker %d was lost: its process or its network is gone. The others go on, its share of the data "
