@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import RoundDecoder
+from torch_qgc.aggregator.gathering import Gathering
 from torch_qgc.aggregator.planning import Planning
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.courses import Course, Courses
@@ -73,6 +72,7 @@ class Job:
         self._planning = Planning(spec, plan, self.rounds, trace) if self._decides and spec.replan_every else None
         self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
+        self._gathering = Gathering(spec)
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
         self._has_been_late: set[int] = set()
         self._watched_step, self._watched_since_s, self._said_at_s = -1, now, now
@@ -99,7 +99,7 @@ class Job:
             )
         self.rounds.join(worker, step, now)
         logger.info("worker %d joined at step %d", worker, step)
-        self._send(worker, messages.Welcome(oldest))
+        self._send(worker, messages.Welcome(oldest, self._gathering.number))
         if self._decides:
             for course in self.courses.changes:
                 self._announce(course, worker)
@@ -126,6 +126,7 @@ class Job:
         else:
             self._send(EVERYBODY, messages.Gone(worker, "lost"))
             self._agreement.forget(worker)
+            self._gathering.forget(worker)
             self._settle_agreement(now)
 
     def fail(self, text: str, now: float) -> None:
@@ -163,6 +164,12 @@ class Job:
                 self._settle_agreement(now)
             case messages.Mark():
                 self._agreement.mark(worker, message)
+                self._settle_agreement(now)
+            case messages.Gather() | messages.Take():
+                if not self._decides:
+                    raise ProtocolError(f"worker {worker} takes part in a gathering: it is aggregator 0 that gathers")
+                answer = self._gathering.receive(worker, message, rest, self.rounds.roster.awaited)
+                self.outbox += [(worker, frames) for frames in answer]
                 self._settle_agreement(now)
             case messages.Replan():
                 self._adopt(worker, message, rest, now)
@@ -342,8 +349,10 @@ class Job:
         self._settle_agreement(now)
 
     def _settle_agreement(self, now: float) -> None:
-        """Compare what all that are alive have stated."""
-        verdict = self._agreement.settle(frozenset(np.flatnonzero(self.rounds.roster.alive).tolist()))
+        """Compare what all that are alive have stated, and hand out what all of them have handed over."""
+        alive = self.rounds.roster.awaited
+        self.outbox += [(EVERYBODY, frames) for frames in self._gathering.settle(alive)]
+        verdict = self._agreement.settle(alive)
         for message in verdict.messages:
             self._send(EVERYBODY, message)
         if verdict.problem is not None:

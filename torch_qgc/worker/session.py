@@ -12,6 +12,7 @@ from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.worker.gathering import Gathering
 from torch_qgc.worker.inbox import Inbox
 
 __all__ = ["Outgoing", "Session"]
@@ -49,6 +50,7 @@ class Session:
     ) -> None:
         self.spec, self.worker, self.endpoints = spec, worker, list(endpoints)
         self.inbox = Inbox(spec, first_step, inbox_bytes)
+        self.gathering = Gathering(spec)
         self.error: QGCError | None = None
         self.welcomed: set[int] = set()
         self.failed_at: set[int] = set()  # aggregators that have said that the job has failed
@@ -95,6 +97,10 @@ class Session:
             return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm, spent_s)), buffer]
 
         self._keep([(chunk % len(self.endpoints), frames)])
+
+    def gather(self, content: bytes) -> None:
+        """Queue content for all workers; all of theirs comes when every live one has done so."""
+        self.outbox += map(_to_first, self.gathering.begin(content))
 
     def leave(self) -> None:
         """Queue a goodbye, once."""
@@ -157,8 +163,11 @@ class Session:
             case messages.Started(step, elapsed_s):
                 self._note_begun(aggregator, step)
                 self.inbox.start(step, now - elapsed_s)
-            case messages.Welcome():
+            case messages.Welcome(_, gathering):
                 self.welcomed.add(aggregator)
+                if aggregator == 0:  # it has forgotten what was handed over, if it took this worker for lost
+                    self.gathering.join(gathering)
+                    self.outbox += map(_to_first, self.gathering.said)
                 # After a reconnection: what was on its way on the old connection may be lost.
                 for course in self.courses.changes if aggregator else ():
                     self._pass_on(course, [aggregator])
@@ -185,6 +194,8 @@ class Session:
             case messages.Marked(number):
                 self.loop_ends[number] = message
                 self.loop_ends.pop(number - 4, None)
+            case messages.Met() | messages.Gathered() | messages.Awaited():
+                self.gathering.hear(message, frames[1:])
             case messages.Rejected(text):
                 self.rejections = [*self.rejections[-99:], text]
                 logger.warning("worker %d: an aggregator has dropped a message: %s", self.worker, text)
@@ -244,3 +255,7 @@ class Session:
             phase = "in the job" if len(self.welcomed) == len(self.endpoints) else "joining"
         let_in = f"let in by {len(self.welcomed)} of {len(self.endpoints)} aggregators"
         return f"Session(worker {self.worker}, {phase}, {let_in}, {self.inbox!r})"
+
+
+def _to_first(frames: list[Frame]) -> Outgoing:
+    return 0, lambda: frames
