@@ -12,10 +12,10 @@ from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.messages import MOST_NAMED, Awaited, FromAggregator, Gather, Gathered, Met, Take, encode_message
 from torch_qgc.protocol.pieces import Cut
 
-__all__ = ["AT_ONCE_BYTES", "Gathering"]
+__all__ = ["AT_ONCE", "AT_ONCE_BYTES", "Gathering"]
 
 Frame = Any  # bytes, memoryview or another buffer
-AT_ONCE_BYTES = 8 << 20  # that are sent before they are asked for: more would not fit into a slow worker's queue
+AT_ONCE_BYTES, AT_ONCE = 8 << 20, 256  # sent before more is asked for: what does not fit into a queue is dropped
 MOST_KEPT = 64  # gatherings that are complete
 
 
@@ -102,7 +102,7 @@ class Gathering:
         at_once: list[tuple[int, int]] = []
         for k, frames in contents.items():
             for p, frame in enumerate(frames):
-                if (k, p) >= (worker, piece) and (room > 0 or not at_once):
+                if (k, p) >= (worker, piece) and room > 0 and len(at_once) < AT_ONCE:
                     at_once.append((k, p))
                     room -= memoryview(frame).nbytes
         said = [[*_header(Gathered(number, k, p, more=(k, p) != at_once[-1])), contents[k][p]] for k, p in at_once]
