@@ -27,6 +27,7 @@ from torch_qgc.aggregator import gathering
 from torch_qgc.errors import CollectiveFailed, ConfigError, JobFailed
 from torch_qgc.job.courses import Courses
 from torch_qgc.logs import logger
+from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.collectives import Collectives, weighted_mean
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.position import Position
@@ -192,6 +193,22 @@ def test_it_must_be_called_before_the_job_is_left() -> None:
     meet._replica.position.go("leave")
     with pytest.raises(ConfigError, match=r"barrier: .*call it before close\(\)"):
         meet.barrier(1.0)
+
+
+@pytest.mark.parametrize(("every", "warned"), [(1, True), (5, False)])
+def test_a_collective_in_each_step_is_noticed_as_torchs_own_are(
+    every: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every rank waits for the slowest, whatever way the collective goes."""
+    caplog.set_level(logging.WARNING, "torch_qgc")
+    spec, plan = make_spec(simple_plan(2)), simple_plan(2)
+    advice = Advice(spec, Courses(spec.rule, plan, 0), 0, lambda: 17)
+    for step in range(12):
+        advice.before_forward(step)
+        advice.before_backward()
+        advice.after_backward()
+        advice.own_collectives += step % every == 0
+    assert ("the loop body makes a collective in each step" in caplog.text) is warned
 
 
 # --- messages on their way --------------------------------------------------------------------------------
