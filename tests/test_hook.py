@@ -300,10 +300,10 @@ def buffers_job(rank: int) -> tuple[list[str], list[float], bool]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         state = qgc.QGCState(ddp, deadline_s=None)
-    state.close()
     statistics = ddp.module[1].running_mean
     statistics.fill_(float(rank))
     state.sync_buffers()
+    state.close()
     return [str(w.message) for w in caught], statistics.unique().tolist(), ddp.will_sync_module_buffers()
 
 
@@ -317,13 +317,13 @@ def test_broadcast_buffers_is_switched_off_with_a_notice_and_sync_buffers_averag
 def weighed_buffers_job(rank: int) -> list[float]:
     ddp = DistributedDataParallel(mlp(batch_norm=True), broadcast_buffers=False)
     state = qgc.QGCState(ddp, deadline_s=None)
-    state.close()
     statistics, means = ddp.module[1].running_mean, []
     for computed in ((0, 0), (30, 10), (5000, 300)):
         state.replica.counts.computed_steps = computed[rank]
         statistics.fill_(float(rank))
         state.sync_buffers()
         means += statistics.unique().tolist()
+    state.close()
     return means
 
 

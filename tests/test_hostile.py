@@ -25,6 +25,7 @@ from torch_qgc.kernels import derive_key, encode, payload_bytes
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.protocol.pieces import LEAST_PIECE_BYTES
 from torch_qgc.protocol.transport import Peer
 
 K, STEPS = 3, 4
@@ -149,6 +150,19 @@ def delivery(step: int, staleness: int, chunk: int, seed: int) -> list[bytes]:
     return [messages.encode_message(header), np.random.default_rng(seed).bytes(size)]
 
 
+@st.composite
+def gathers(draw: st.DrawFn) -> list[bytes]:
+    """A piece of content for all, of a size that it may have, or of another."""
+    piece, pieces = (
+        draw(st.integers(0, 2) | edges.filter(lambda n: n < 65_535)),
+        draw(st.sampled_from([1, 2, 3, 65_535])),
+    )
+    size = draw(st.sampled_from([1, 100, LEAST_PIECE_BYTES, LEAST_PIECE_BYTES + 1]))
+    header = messages.Gather(draw(st.integers(0, 1) | edges), piece, pieces)
+    return [messages.encode_message(header), *([b"x" * size] * draw(st.sampled_from([1, 1, 1, 0, 2])))]
+
+
+takes = st.builds(messages.Take, small, small, small.filter(lambda n: n < 65_535)).map(without_rest)
 parts = st.dictionaries(st.text(max_size=128), st.text(max_size=256), max_size=4)
 harmless = st.one_of(
     pushes(),
@@ -156,6 +170,8 @@ harmless = st.one_of(
     hellos(plans() | st.just(b"{}")),
     begins(st.just(0)),
     replans(),
+    gathers(),
+    takes,
     st.builds(messages.Fetch, small, st.integers(0, 1) | edges).map(without_rest),
     st.builds(messages.Hash, st.integers(5, 9) | edges, parts).map(without_rest),
 )
@@ -254,6 +270,8 @@ def assert_bounded(aggregator: Aggregator) -> None:
     assert len(job.rounds.began_at_s) <= 1
     assert len(job._agreement._stated) <= 64
     assert len(job._agreement._loops) <= 64
+    assert len(job._gathering._open) <= job.spec.workers
+    assert len(job._gathering._kept) <= 64
     assert len(job.courses.changes) == 0  # what is told of plans changes none: aggregator 0 makes them
     assert len(job._temperatures) <= 2
     assert job._planning is not None

@@ -20,6 +20,8 @@ MESSAGES = [
     messages.Hash(50, {"parameters": "ab", "lr": "0.1"}),
     messages.Begin(3, thin=True),
     messages.Mark(2, 50, 1),
+    messages.Gather(3, 1, 2),
+    messages.Take(3, 2, 1),
     messages.Fault(1, "why"),
     messages.Bye(50),
 ]
@@ -33,6 +35,9 @@ ANSWERS = [
     messages.Verify(4),
     messages.Agreed(4),
     messages.Marked(1, 50, True),
+    messages.Met(3, [2, 0, 65_535]),
+    messages.Gathered(3, 2, 1, True),
+    messages.Awaited(3, [1]),
     messages.Rejected("no"),
     messages.Failed("why"),
     messages.Ping(),

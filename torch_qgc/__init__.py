@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch_qgc.ddp.state import QGCState, attach, qgc_hook
     from torch_qgc.errors import (
         CodecError,
+        CollectiveFailed,
         ConfigError,
         JobFailed,
         PlanError,
@@ -32,6 +33,7 @@ __all__ = [
     "CodedAdam",
     "CodedAdamW",
     "CodedSGD",
+    "CollectiveFailed",
     "ConfigError",
     "JobFailed",
     "Limits",
@@ -55,7 +57,16 @@ _MODULES = {
     "planner": ("Plan", "make_plan"),
     "ddp.network": ("Network",),
     "ddp.settings": ("Limits",),
-    "errors": ("CodecError", "ConfigError", "JobFailed", "PlanError", "ProtocolError", "QGCError", "Refused"),
+    "errors": (
+        "CodecError",
+        "CollectiveFailed",
+        "ConfigError",
+        "JobFailed",
+        "PlanError",
+        "ProtocolError",
+        "QGCError",
+        "Refused",
+    ),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 _ROOMS = ("kernels", "planner", "schemes", "simulator")

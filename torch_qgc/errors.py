@@ -1,6 +1,15 @@
 """The error tree. Every message says what was expected, what came, where, and what to do about it."""
 
-__all__ = ["CodecError", "ConfigError", "JobFailed", "PlanError", "ProtocolError", "QGCError", "Refused"]
+__all__ = [
+    "CodecError",
+    "CollectiveFailed",
+    "ConfigError",
+    "JobFailed",
+    "PlanError",
+    "ProtocolError",
+    "QGCError",
+    "Refused",
+]
 
 
 class QGCError(Exception):
@@ -29,3 +38,7 @@ class Refused(QGCError, RuntimeError):
 
 class JobFailed(QGCError, RuntimeError):
     """The job stopped on every rank: one worker failed, replicas differ, or the aggregator is gone."""
+
+
+class CollectiveFailed(QGCError, RuntimeError):
+    """Workers did not meet: some did not come in time, called something else, or went on without this one."""

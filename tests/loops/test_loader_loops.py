@@ -272,7 +272,7 @@ def evaluate_and_save(rank: int, job: Job) -> Any:
 
 
 def metrics_at_the_end_of_epochs(rank: int, job: Job) -> Any:
-    """All-reduced metrics, a barrier and averaged buffers between epochs."""
+    """Metrics of all, barriers and averaged buffers between epochs: torch's own collectives, and the state's."""
     model, state = job.wrap(mlp())
     loader = state.loader(dataset(8), batch_size=BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -285,6 +285,9 @@ def metrics_at_the_end_of_epochs(rank: int, job: Job) -> Any:
         dist.all_reduce(total)
         state.sync_buffers()
         dist.barrier()
+        everybody = state.all_gather([batches, state.step])
+        assert everybody == {k: [batches, state.step] for k in range(state.workers)}
+        state.barrier()
         values.append((float(total), batches))
     return values
 

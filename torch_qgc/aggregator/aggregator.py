@@ -105,15 +105,15 @@ class Aggregator:
     def unsent(self, peer: Peer, messages_unsent: Sequence[Sequence[Frame]], now: float) -> None:
         """Take back messages that did not fit into a peer's queue, in order.
 
-        Results are sent when there is room. If anything else does not fit, the peer has not read for long: its
-        connection is given up, and all that it lacks is told on the next one.
+        Results are sent when there is room, and what was gathered is asked for again. If anything else does not fit,
+        the peer has not read for long: its connection is given up, and all that it lacks is told on the next one.
         """
         worker, results = self._lobby.worker_of(peer), []
         for frames in messages_unsent:
             header = messages.decode_from_aggregator(frames[0])
             if isinstance(header, messages.Result):
                 results.append((header.step, header.chunk))
-            elif not isinstance(header, messages.Ping):
+            elif not isinstance(header, messages.Ping | messages.Met | messages.Gathered | messages.Awaited):
                 self.lost(peer, now)
                 return
         if worker is not None and self.job is not None:
@@ -210,16 +210,14 @@ class Aggregator:
                 self._begin(*read_job(hello, rest, aggregators=self.count), now)
             assert self.job is not None
             self._lobby.check(hello, self.job.spec)
-            oldest = self.job.oldest_for(hello.worker, hello.step)
+            self.job.oldest_for(hello.worker, hello.step)
         except (ProtocolError, PlanError, ConfigError) as error:
             self._refuse(peer, messages.as_text(error))
             return
         if self._lobby.is_taken(hello):
             self._lobby.keep_waiting(peer, hello, now)
             return
-        heard = self._lobby.admit(peer, hello)
-        self._send(peer, messages.Welcome(oldest, hello.attempt, heard))
-        self.job.join(hello.worker, hello.step, now)
+        self.job.join(hello, self._lobby.admit(peer, hello), now)
         self._collect()
         self._let_in_who_waits(now)
 

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from torch_qgc.aggregator.agreement import Agreement
 from torch_qgc.aggregator.decoder import RoundDecoder
 from torch_qgc.aggregator.feed import Feed
+from torch_qgc.aggregator.gathering import Gathering
 from torch_qgc.aggregator.planning import Planning
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.courses import Course, Courses
@@ -75,6 +74,7 @@ class Job:
         self._planning = Planning(spec, plan, self.rounds, trace) if self._decides and spec.replan_every else None
         self._decoder = RoundDecoder(spec, self.courses, threads)
         self._agreement = Agreement()
+        self._gathering = Gathering(spec)
         self._left_at: dict[int, int] = {}  # worker -> the step at which it has left in good order
         self._gone: dict[int, Literal["left", "lost"]] = {}  # workers that are not in
         self._has_been_late: set[int] = set()
@@ -105,8 +105,20 @@ class Job:
             )
         return oldest
 
-    def join(self, worker: int, step: int, now: float) -> None:
-        """Enter a worker that lacks the results from `step` on, and tell it all that it may have missed."""
+    def join(self, hello: messages.Hello, heard: int | None, now: float) -> None:
+        """Enter a worker, and tell it all that it may have missed.
+
+        Args:
+            hello: with the first step whose results it lacks.
+            heard: messages of its session since the Hello before; None if the session is a new one.
+        Raises:
+            ProtocolError: see `oldest_for`.
+        """
+        worker, step = hello.worker, hello.step
+        oldest = self.oldest_for(worker, step)
+        if heard is None:
+            self._gathering.forget(worker)
+        self._send(worker, messages.Welcome(oldest, hello.attempt, heard or 0, self._gathering.number))
         self._enter(worker, step, now)
         logger.info("worker %d joined at step %d", worker, step)
         for course in self.courses.changes if self._decides else ():
@@ -202,6 +214,12 @@ class Job:
                 self._settle_agreement(now)
             case messages.Mark():
                 self._agreement.mark(worker, message)
+                self._settle_agreement(now)
+            case messages.Gather() | messages.Take():
+                if not self._decides:
+                    raise ProtocolError(f"worker {worker} takes part in a gathering: it is aggregator 0 that gathers")
+                answer = self._gathering.receive(worker, message, rest, self.rounds.roster.awaited)
+                self.outbox += [(worker, frames) for frames in answer]
                 self._settle_agreement(now)
             case messages.Replan():
                 self._adopt(worker, message, rest, now)
@@ -411,8 +429,10 @@ class Job:
         self._settle_agreement(now)
 
     def _settle_agreement(self, now: float) -> None:
-        """Compare what all that are alive have stated."""
-        verdict = self._agreement.settle(frozenset(np.flatnonzero(self.rounds.roster.alive).tolist()))
+        """Compare what all that are alive have stated, and hand out what all of them have handed over."""
+        alive = self.rounds.roster.awaited
+        self.outbox += [(EVERYBODY, frames) for frames in self._gathering.settle(alive)]
+        verdict = self._agreement.settle(alive)
         for message in verdict.messages:
             self._send(EVERYBODY, message)
         if verdict.problem is not None:

@@ -117,13 +117,13 @@ class Lobby:
         if hello.worker >= spec.workers:
             raise ProtocolError(f"expected a worker number below {spec.workers}, got {hello.worker}")
 
-    def admit(self, peer: Peer, hello: messages.Hello) -> int:
+    def admit(self, peer: Peer, hello: messages.Hello) -> int | None:
         """Let a worker in: for the first time, back from the dead, or over another connection than before.
 
         Returns:
-            How many messages of its session were heard since its Hello before this one.
+            How many messages of its session were heard since its Hello before this one; None if the session is new.
         """
-        heard = self._heard[hello.worker] if self._is_owner(hello) else 0
+        heard = self._heard[hello.worker] if self._is_owner(hello) else None
         self._peer_of[hello.worker], self._session_of[hello.worker] = peer, hello.session
         self._heard[hello.worker] = 0
         return heard

@@ -23,6 +23,7 @@ from torch_qgc.planner.options import DEFAULT_BITS_PER_COORDINATE
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import sequence_number_of
 from torch_qgc.worker.checkpoint import Checkpoint
+from torch_qgc.worker.collectives import Collectives
 from torch_qgc.worker.connection import Connection
 from torch_qgc.worker.ghost import Ghost
 from torch_qgc.worker.layout import Layout
@@ -35,8 +36,8 @@ from torch_qgc.worker.statement import Verifiable
 
 __all__ = ["QGCState", "attach", "qgc_hook"]
 
-#: Steps from which on a running average has all but forgotten what it began with: 2 / BatchNorm's usual least momentum.
-_REMEMBERED_STEPS = 200
+#: Seconds for which workers wait for each other in a collective: as long as torch's own do with gloo.
+_COLLECTIVE_S = 1_800.0
 
 
 class QGCState:
@@ -172,6 +173,7 @@ class QGCState:
             sequence_number=lambda: sequence_number_of(group),
             trace=trace,
         )
+        self._collectives = Collectives(self.replica)
         self._ghost = Ghost(self._model.module, layout.parameters) if ghost else None
         self._thinner = Thinner(self.replica)
         self._loaders: list[CodedLoader] = []
@@ -305,31 +307,44 @@ class QGCState:
     def scaler(self, scaler: Any) -> None:
         self.replica.update.scaler = scaler
 
-    @torch.no_grad()
-    def sync_buffers(self) -> None:
-        """Average floating-point buffers (BatchNorm's statistics) over all ranks; others are rank 0's. Collective.
+    def all_gather(self, obj: Any, *, timeout_s: float = _COLLECTIVE_S) -> dict[int, Any]:
+        """Return every worker's object, by the worker's number: of all that are in the job when the last one calls.
+
+        Collective, over the aggregator: all ranks call it, as often and in the same order as `barrier` and
+        `sync_buffers`. It waits for all that are alive, also for a late one, which calls it when its thin steps have
+        brought it there; so calling it every n-th step costs less than in every step. A worker that was lost or has
+        left is not waited for, and is not in the result. It is a dict since numbers would be lost in a list; the order
+        is that of the workers and the same on all ranks, so `min(result)` elects one that all agree on.
+
+        A rank that has raised ends the job, as ever. With `state.bind`, call it outside of the loop body, which does
+        not run for replayed steps. Before the first step it joins the job.
+
+        Args:
+            obj: None, bool, int (64 bits), float, str, bytes, tensors, numpy arrays, and lists, tuples and dicts of
+                these (keys: str or int); at most `Limits(log_bytes=...)` / workers bytes. Nothing is pickled. Tuples
+                come back as lists, tensors on the CPU.
+            timeout_s: how long to wait for the others.
+        Raises:
+            ConfigError: obj is something else, or too large.
+            CollectiveFailed: a worker has not called in time, or has called something else; names it.
+            JobFailed: the job has ended.
+        """
+        return self._collectives.all_gather(obj, timeout_s)
+
+    def barrier(self, *, timeout_s: float = _COLLECTIVE_S) -> None:
+        """Wait until every worker that is alive has called this; see `all_gather`."""
+        self._collectives.barrier(timeout_s)
+
+    def sync_buffers(self, *, timeout_s: float = _COLLECTIVE_S) -> None:
+        """Average floating-point buffers (BatchNorm's statistics) over all workers in the job; see `all_gather`.
+
+        Others, such as counters, become the lowest worker's. Afterwards all are equal, bit for bit. Buffers that are
+        equal already do not travel.
 
         A rank that has computed few steps has statistics that still remember what they began with, so it weighs as its
         steps do, up to those that such an average remembers; beyond, all ranks weigh alike, whose data differ.
         """
-        if not any(buffer.is_floating_point() for buffer in self._model.module.buffers()):
-            share: float | torch.Tensor = 1.0  # nothing to weigh, and no collective where there has been none
-        else:
-            share = self._weight_of_buffers()
-        for buffer in self._model.module.buffers():
-            if buffer.is_floating_point():
-                buffer.mul_(share)
-                dist.all_reduce(buffer, group=self._group)
-            else:
-                dist.broadcast(buffer, dist.get_global_rank(self._group, 0), group=self._group)
-
-    def _weight_of_buffers(self) -> torch.Tensor | float:
-        """Return by how much this rank's buffers count in the average. Collective."""
-        weight = torch.tensor(float(min(self.replica.counts.computed_steps, _REMEMBERED_STEPS)))
-        weight = weight.to(next(self._model.module.parameters()).device)
-        total = weight.clone()
-        dist.all_reduce(total, group=self._group)
-        return weight / total if total > 0 else 1.0 / self.workers
+        self._collectives.sync_buffers(self._model.module, timeout_s)
 
     def report(self) -> Report:
         """Return what this worker has done and seen so far."""

@@ -249,7 +249,10 @@ class QGCStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Wait until late ranks have replayed the last step: the aggregators end with the job."""
         self.sync_buffers()
-        self.barrier("train_end")
+        if self.state is None:
+            self.barrier("train_end")
+        else:
+            self.state.barrier()  # goes on without a rank that has died
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the model's state for a checkpoint, buffers averaged."""

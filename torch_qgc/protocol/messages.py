@@ -16,11 +16,14 @@ from torch_qgc.errors import ProtocolError
 from torch_qgc.planner import Plan
 from torch_qgc.planner.temperature import LEAST
 from torch_qgc.protocol.contract import MOST_SECONDS, MOST_WORKERS, Digest, Index, JobSpec, Seconds, Step
+from torch_qgc.protocol.pieces import MOST_PIECES, Piece, Pieces
 
 __all__ = [
     "ABSENT",
+    "MOST_NAMED",
     "PROTOCOL_VERSION",
     "Agreed",
+    "Awaited",
     "Begin",
     "Bye",
     "Failed",
@@ -28,12 +31,15 @@ __all__ = [
     "Fetch",
     "FromAggregator",
     "FromWorker",
+    "Gather",
+    "Gathered",
     "Gone",
     "Hash",
     "Hello",
     "Introduce",
     "Mark",
     "Marked",
+    "Met",
     "Ping",
     "Push",
     "Refusal",
@@ -41,6 +47,7 @@ __all__ = [
     "Replan",
     "Result",
     "Started",
+    "Take",
     "Verify",
     "Welcome",
     "as_text",
@@ -50,12 +57,13 @@ __all__ = [
     "plan_frame",
 ]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_HEADER_BYTES = 40 * 1024  # every header, with a text of 8192 characters in it; plans travel in their own frame
 MAX_PLAN_BYTES = 64 * 1024 * 1024
 
 MAX_TEXT = 8192  # characters, of up to four bytes
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+MOST_NAMED = 100  # workers that an Awaited lists
 ABSENT = 255  # in a result's contributions: this worker was not in the job when the round closed
 
 
@@ -123,6 +131,29 @@ class Mark(msgspec.Struct, tag="mark", frozen=True):
     owed: Index  # batches of the loop that made no step on this worker alone, as far as it knows
 
 
+class Gather(msgspec.Struct, tag="gather", frozen=True):
+    """Hand a piece of content to all workers. Second frame: the piece (`torch_qgc.protocol.pieces`).
+
+    Aggregator 0 waits until the content of every live worker is there, and hands all of it to all.
+    """
+
+    number: Index  # of gatherings so far: all workers make the same ones in the same order
+    piece: Piece
+    pieces: Pieces
+
+
+class Take(msgspec.Struct, tag="take", frozen=True):
+    """Ask for what was gathered: for the pieces from one on, in the order of workers and pieces.
+
+    Answered by as many as travel at once; from the first piece of worker 0 on, by Met before these. Of a gathering that
+    is not complete yet, Awaited says so.
+    """
+
+    number: Index
+    worker: Index
+    piece: Piece
+
+
 class Fault(msgspec.Struct, tag="fault", frozen=True):
     """Report an error on this worker: the job ends on every rank. Answered by Failed, to the sender as well.
 
@@ -161,6 +192,7 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
     oldest: Step  # whose results can still be had
     attempt: Index = 0  # the Hello that this answers
     heard: Step = 0  # messages of the session since the Hello before: what was sent after them is to be sent again
+    gathering: Index = 0  # the one that is open, in which a worker that comes now takes part
 
 
 class Refusal(msgspec.Struct, tag="refusal", frozen=True):
@@ -219,6 +251,30 @@ class Marked(msgspec.Struct, tag="marked", frozen=True):
     ended: bool
 
 
+class Met(msgspec.Struct, tag="met", frozen=True):
+    """Tell that a gathering is complete, and who is in it: all that were alive then, the same for everybody."""
+
+    number: Index
+    # [K] of each worker's content; 0: it was not in the job. Empty: what was gathered is no longer there.
+    pieces: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=MOST_PIECES)]], msgspec.Meta(max_length=MOST_WORKERS)]
+
+
+class Gathered(msgspec.Struct, tag="gathered", frozen=True):
+    """Deliver a piece of a worker's content. Second frame: the piece."""
+
+    number: Index
+    worker: Index
+    piece: Piece
+    more: bool  # the next piece follows; else it is to be asked for
+
+
+class Awaited(msgspec.Struct, tag="awaited", frozen=True):
+    """Name live workers whose content a gathering lacks; a hundred of them, if there are more."""
+
+    number: Index
+    workers: Annotated[list[Index], msgspec.Meta(max_length=MOST_NAMED)]
+
+
 class Rejected(msgspec.Struct, tag="rejected", frozen=True):
     """Say why a message was dropped. A member stays in the job; one that is not in yet does not get in."""
 
@@ -237,7 +293,7 @@ class Ping(msgspec.Struct, tag="ping", frozen=True):
     heard: Step = 0  # messages since the last Hello
 
 
-FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Fault | Bye | Replan
+FromWorker = Hello | Begin | Push | Fetch | Hash | Mark | Gather | Take | Fault | Bye | Replan
 FromAggregator = (
     Welcome
     | Refusal
@@ -248,6 +304,9 @@ FromAggregator = (
     | Verify
     | Agreed
     | Marked
+    | Met
+    | Gathered
+    | Awaited
     | Rejected
     | Failed
     | Ping

@@ -28,6 +28,7 @@ class Advice:
 
     def __init__(self, spec: JobSpec, courses: Courses, worker: int, sequence_number: Callable[[], int | None]) -> None:
         self.courses = courses
+        self.own_collectives = 0  # over the aggregator
         self._spec, self._worker, self._sequence_number = spec, worker, sequence_number
         self._given: set[str] = set()
         self._after_backward: int | None = None
@@ -54,7 +55,8 @@ class Advice:
 
     def _number(self) -> int | None:
         watches = self._spec.rule.may_be_late and "collective" not in self._given
-        return self._sequence_number() if watches else None
+        number = self._sequence_number() if watches else None
+        return None if number is None else number + self.own_collectives
 
     def _compare(self, before: int | None, after: int | None, where: str) -> None:
         """Count the steps in a row in which a collective was made here."""
@@ -69,7 +71,7 @@ class Advice:
                 f"worker {self._worker}: the {where} makes a collective in each step, so every rank waits for the "
                 "slowest and the deadline does nothing. Usual culprits: a metric that is all-reduced, sync_dist=True, "
                 "a barrier, a broadcast of the learning rate, SyncBatchNorm. Do it every n-th step, or at the end "
-                "of an epoch",
+                "of an epoch; state.all_gather and state.barrier go on even if a rank dies",
             )
 
     def thin_step(self, steps_behind: int) -> None:

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from torch_qgc.errors import JobFailed
+from torch_qgc.errors import CollectiveFailed, JobFailed
+from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.inbox import ClosedRound
@@ -16,6 +17,8 @@ __all__ = ["Carrier", "Connection"]
 
 REFETCH_S, MOST_REFETCH_S = 10.0, 60.0  # results that do not come are asked for, ever less often
 GOODBYE_S = 5.0  # for which a goodbye may take to be heard
+
+SAY_EVERY_S = 10.0  # after so long it is said whom a gathering waits for
 
 
 class Carrier(Protocol):
@@ -159,6 +162,50 @@ class Connection:
 
         self._wait_for(lambda: ended() or session.begun_step >= step, timeout_s)
         return ended()
+
+    def gather(self, content: bytes, timeout_s: float) -> dict[int, bytes]:
+        """Hand content to all workers; return that of each in the job, once all that are alive have called this, too.
+
+        Raises:
+            ConfigError: the content is too large.
+            CollectiveFailed: somebody has not called it in time. The call still counts, as each worker's n-th call
+                belongs to the others' n-th.
+            JobFailed, Refused: the job has ended.
+        """
+        session, until_s = self._session, self._carrier.now() + timeout_s
+        with self._carrier.locked():
+            if session.gathering.said:  # the call before has run out of time
+                self._meet(until_s, timeout_s)
+            session.gather(content)
+            return self._meet(until_s, timeout_s)
+
+    def _meet(self, until_s: float, timeout_s: float) -> dict[int, bytes]:
+        """Take all of the gathering at hand."""
+        session, gathering, carrier = self._session, self._session.gathering, self._carrier
+        said_at_s = carrier.now()
+        while True:
+            heard = self._hear_of_gathering(min(REFETCH_S, until_s - carrier.now()))
+            if gathering.complete:
+                return gathering.end()
+            if carrier.now() >= until_s:
+                raise CollectiveFailed(
+                    f"worker {session.worker}: workers {gathering.awaited or 'unknown'} have not made call "
+                    f"{gathering.number + 1} of those that all make together within {timeout_s:g} s: every rank must "
+                    "make it (a loop body does not run for replayed steps), or the timeout is too short for a late one"
+                )
+            if carrier.now() - said_at_s >= SAY_EVERY_S and gathering.awaited:
+                said_at_s = carrier.now()
+                logger.warning("worker %d waits for workers %s in a collective", session.worker, gathering.awaited)
+            if gathering.asks or not heard:
+                session.say(gathering.take(), 0)
+
+    def _hear_of_gathering(self, timeout_s: float) -> bool:
+        """Wait for news of the gathering at hand, and tell whether there are any."""
+        session, gathering, before = self._session, self._session.gathering, self._session.gathering.news
+        self._carrier.flush()
+        self._carrier.wait_for(lambda: session.error or gathering.asks or gathering.news > before, max(timeout_s, 0.0))
+        self._check()
+        return gathering.news > before
 
     def send_fault(self, step: int, text: str, timeout_s: float = 5.0) -> bool:
         """Make the job end on every rank: wait until every aggregator has heard it; tell whether all have.

@@ -129,7 +129,8 @@ class Replica:
         """
         if self._connection is not None:
             raise ConfigError(
-                "load_state_dict: expected a state that has made no step yet; load right after QGCState(...)"
+                "load_state_dict: expected a state that has made no step and no collective yet; load right after "
+                "QGCState(...)"
             )
         self.spec = msgspec.structs.replace(self.spec, first_step=step, seed=seed, plan_digest=plan.digest())
         self.spec.validate(plan)
@@ -458,6 +459,10 @@ class Replica:
             at_the_end(self)
         return self._connection, self._exchange
 
+    def made_collective(self) -> None:
+        """Note that this worker meets the others outside of a step."""
+        self._advice.own_collectives += 1
+
     def report(self) -> Report:
         """Return what this worker has done and seen so far."""
         session = None if self._connection is None else self._connection.session
@@ -476,8 +481,9 @@ class Replica:
             return
         connection = self._connection
         try:
-            # Not where an error is on its way already, and not in the middle of a step.
-            if connection is not None and sys.exc_info()[0] is None and not self.in_step and self.spec.verify_every:
+            # Not where an error is on its way already, not in the middle of a step, and not before the first one.
+            between = self.step > self.spec.first_step and not self.in_step
+            if connection is not None and between and sys.exc_info()[0] is None and self.spec.verify_every:
                 self.state_now()
                 connection.say_goodbye(self.step, self.spec.join_timeout_s)
         finally:

@@ -12,6 +12,7 @@ from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.logs import logger
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
+from torch_qgc.worker.gathering import Gathering
 from torch_qgc.worker.inbox import Inbox
 from torch_qgc.worker.spoken import Message, Spoken
 
@@ -50,6 +51,7 @@ class Session:
     ) -> None:
         self.spec, self.worker, self.endpoints = spec, worker, list(endpoints)
         self.inbox = Inbox(spec, first_step, inbox_bytes)
+        self.gathering = Gathering(spec)
         self.error: QGCError | None = None
         self.welcomed: set[int] = set()  # aggregators that have let this worker in
         self.failed_at: set[int] = set()  # aggregators that have said that the job has failed
@@ -104,6 +106,11 @@ class Session:
             return [messages.encode_message(messages.Push(step, chunk, bits, variance, squared_norm, spent_s)), buffer]
 
         self._spoken[chunk % len(self.endpoints)].say(frames, step)
+
+    def gather(self, content: bytes) -> None:
+        """Queue content for all workers; all of theirs comes when every live one has done so."""
+        for frames in self.gathering.begin(content):
+            self._say(frames, [0])
 
     def leave(self) -> None:
         """Queue a goodbye, once."""
@@ -173,9 +180,11 @@ class Session:
             case messages.Started(step, elapsed_s):
                 self._note_begun(aggregator, step)
                 self.inbox.start(step, now - elapsed_s)
-            case messages.Welcome(_, attempt, heard):
+            case messages.Welcome(_, attempt, heard, gathering):
                 if self._spoken[aggregator].answered(attempt, heard):
                     self.welcomed.add(aggregator)
+                    if aggregator == 0:
+                        self.gathering.join(gathering)
                     self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
             case messages.Introduce():
                 if self._spoken[aggregator].let_in:  # else it is being answered
@@ -199,6 +208,8 @@ class Session:
             case messages.Marked(number):
                 self.loop_ends[number] = message
                 self.loop_ends.pop(number - 4, None)
+            case messages.Met() | messages.Gathered() | messages.Awaited():
+                self.gathering.hear(message, frames[1:])
             case messages.Rejected(text):
                 self.rejections = [*self.rejections[-99:], text]
                 logger.warning("worker %d: an aggregator has dropped a message: %s", self.worker, text)
