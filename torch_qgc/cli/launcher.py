@@ -23,8 +23,6 @@ from torch_qgc.protocol.server import Bounds
 
 __all__ = ["Job", "launch"]
 
-_GOODBYE_S = 5.0  # that aggregators have, after the last worker's end
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -157,8 +155,6 @@ class _Crew:
             self._wait()
             self._look_after()
         if all(standing.done for standing in self._supervisor.standings.values()):
-            for aggregator in self._aggregators:
-                aggregator.stop(timeout_s=_GOODBYE_S)
             return 0
         return 1 if self._ended_by is None else 128 + self._ended_by
 
