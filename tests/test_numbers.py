@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import torch_qgc as qgc
-from torch_qgc.ddp.numbers import find_numbers
+from torch_qgc.ddp.numbers import check_framework, find_numbers
 from torch_qgc.protocol import environment
 
 WORKERS = 3
@@ -140,20 +141,30 @@ def test_what_cannot_be_is_refused_with_the_remedy() -> None:
             assert remedy in text, text
 
 
-def follow(rank: int) -> tuple[str, int]:
+def divided_by_the_group(rank: int) -> tuple[list[str], int]:
     alone()
     network = qgc.Network(endpoints=("tcp://127.0.0.1:1",))
     state = qgc.QGCState(DistributedDataParallel(mlp(20)), worker=1, workers=2, network=network)
-    data = TensorDataset(torch.zeros(8, 6))
-    with pytest.raises(qgc.ConfigError) as caught:
-        state.follow(DataLoader(data, sampler=DistributedSampler(data)))
+    data = TensorDataset(torch.zeros(8, 20))
+    theirs = type("DataLoaderShard", (DataLoader,), {"__module__": "accelerate.data_loader"})(data)
+    refused: list[Callable[[], Any]] = [
+        lambda: state.follow(DataLoader(data, sampler=DistributedSampler(data))),
+        lambda: state.follow(theirs),
+        lambda: check_framework("QGCStrategy", state.workers),
+    ]
+    texts = []
+    for call in refused:
+        with pytest.raises(qgc.ConfigError) as caught:
+            call()
+        texts.append(str(caught.value))
     own = DistributedSampler(data, rank=state.rank, num_replicas=state.workers)
-    return str(caught.value), len(state.follow(DataLoader(data, sampler=own)))
+    return texts, len(state.follow(DataLoader(data, sampler=own)))
 
 
-def test_a_sampler_over_the_group_of_one_would_draw_all_the_data_and_is_refused() -> None:
-    [(text, length)] = run_ranks(follow, ranks=1)
-    assert "rank=state.rank, num_replicas=state.workers" in text
+def test_what_would_let_every_worker_draw_all_the_data_is_refused() -> None:
+    [(texts, length)] = run_ranks(divided_by_the_group, ranks=1)
+    for text, remedy in zip(texts, ["rank=state.rank", "state.loader(dataset)", "torchrun instead of `qgc run`"]):
+        assert remedy in text
     assert length == 4
 
 

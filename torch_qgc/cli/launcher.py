@@ -6,6 +6,7 @@ import contextlib
 import os
 import selectors
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -96,7 +97,8 @@ def launch(job: Job) -> int:
         aggregators = [] if job.endpoints else stack.enter_context(_aggregators(job, Secret.load(key_file)))
         endpoints = job.endpoints or [aggregator.endpoint for aggregator in aggregators]
         if job.elsewhere and aggregators:
-            _say(f"aggregators listen: --endpoints {','.join(endpoints)}")
+            reached = ",".join(endpoints).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+            _say(f"aggregators listen: --endpoints {reached}")
         crew = _Crew(job, endpoints, key_file, guard, aggregators, signals)
         stack.callback(crew.kill)
         return crew.run()

@@ -66,14 +66,18 @@ def check_sampler(loader: Any, numbers: Numbers) -> None:
     Raises:
         ConfigError: it does; names the remedy.
     """
-    sampler = getattr(loader, "sampler", None)
-    if not numbers.given or not isinstance(sampler, DistributedSampler):
+    if not numbers.given:
         return
-    if (sampler.rank, sampler.num_replicas) != (numbers.worker, numbers.workers):
+    sampler, got = getattr(loader, "sampler", None), None
+    if isinstance(sampler, DistributedSampler):
+        if (sampler.rank, sampler.num_replicas) != (numbers.worker, numbers.workers):
+            got = f"a DistributedSampler for rank {sampler.rank} of {sampler.num_replicas}"
+    elif type(loader).__module__.split(".")[0] == "accelerate":
+        got = "accelerate's, which follows the process group"
+    if got is not None:
         raise ConfigError(
-            f"expected a loader for worker {numbers.worker} of {numbers.workers}, got a DistributedSampler for rank "
-            f"{sampler.rank} of {sampler.num_replicas}: DistributedSampler(dataset, rank=state.rank, "
-            "num_replicas=state.workers), or state.loader(dataset)"
+            f"expected a loader for worker {numbers.worker} of {numbers.workers}, got {got}: state.loader(dataset), or "
+            "DistributedSampler(dataset, rank=state.rank, num_replicas=state.workers)"
         )
 
 
