@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +98,28 @@ def test_models_that_no_group_has_made_equal_are_compared_before_the_first_step(
     with aggregators() as endpoints:
         for text in run_ranks(unequal, endpoints, ranks=2):
             assert "replicas differ before step 0" in text
+
+
+ENDING = """
+import sys
+from torch_qgc.worker.ending import at_the_end
+class Member:
+    def tell_all(self, problem): print("told", problem)
+    def close(self): print("left")
+member = Member()
+at_the_end(member, alone=sys.argv[1] == "alone")
+print("in step 8")
+raise ValueError("its own")
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("alone", []), ("with all", ["told ValueError: its own", "left"])])
+def test_whoever_may_leave_alone_says_nothing_of_an_error(how: str, said: list[str]) -> None:
+    """A goodbye would tell that its loop has ended, and end the others' job."""
+    ended = subprocess.run([sys.executable, "-c", ENDING, how], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines() == ["in step 8", *said]
+    assert ended.stderr.splitlines()[-1] == "ValueError: its own"
+    assert ended.returncode == 1
 
 
 # --- what cannot be -----------------------------------------------------------------------------------------
