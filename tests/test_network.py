@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torch_qgc as qgc
 from torch_qgc.ddp import network
+from torch_qgc.ddp.numbers import Numbers
 from torch_qgc.protocol.identity import Secret
 
 LIMITS = qgc.Limits(chunk_numel=512)
@@ -61,7 +62,9 @@ def test_a_job_is_what_it_was_at_the_first_step_and_need_not_be_encrypted() -> N
 
 
 def own_keys(rank: int) -> bytes:
-    return msgspec.msgpack.encode(network._hand_out_keys(dist.group.WORLD, qgc.Network(), 2))
+    return msgspec.msgpack.encode(
+        network._hand_out_keys(dist.group.WORLD, Numbers(rank, 3, given=False), qgc.Network(), 2)
+    )
 
 
 def test_a_rank_gets_its_own_keys_and_no_others() -> None:

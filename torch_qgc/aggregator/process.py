@@ -75,6 +75,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         index, count: which aggregator this is, of how many.
         threads: that decode, and as many that move messages and encrypt.
         bounds: what its port takes.
+        announced: the process that has started it, if one has, says what the job is; False: worker 0 does.
         trace: a file that gets one JSON line per event of the job (`torch_qgc.job.events`); None: none.
     """
 
@@ -84,6 +85,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     count: int = 1
     threads: int = 1
     bounds: Bounds = Bounds()
+    announced: bool = True
     trace: str | None = None
 
     def check(self) -> None:
@@ -107,7 +109,8 @@ def run(serving: Serving, parent: Parent | None = None) -> int:
     """Run one aggregator in this process until its job is finished; return the exit status, 1 if that has failed.
 
     Args:
-        parent: the training process that has started this one, and says what the job is; None: worker 0 does.
+        parent: the process that has started this one, with which it ends; None: it is on its own, and worker 0 says
+            what the job is.
     Raises:
         ConfigError: it cannot be served like this.
     """
@@ -123,9 +126,8 @@ def run(serving: Serving, parent: Parent | None = None) -> int:
         transport = ZmqServer(serving.bind, serving.door, bounds=serving.bounds, io_threads=serving.threads)
         stack.callback(transport.close)
         print(f"{READY}{transport.endpoint}", flush=True)
-        aggregator = Aggregator(
-            serving.index, serving.count, threads=serving.threads, told=parent is not None, trace=trace
-        )
+        told = parent is not None and serving.announced
+        aggregator = Aggregator(serving.index, serving.count, threads=serving.threads, told=told, trace=trace)
 
         def stop() -> bool:
             announced = None if parent is None else parent.announced()
@@ -138,7 +140,7 @@ def run(serving: Serving, parent: Parent | None = None) -> int:
         try:
             serve(aggregator, transport, clock, stop=stop)
             if not aggregator.finished:
-                why = "the aggregator was stopped, or the process that had started it (rank 0) has ended"
+                why = "the aggregator was stopped, or the process that had started it (rank 0, or `qgc run`) has ended"
                 aggregator.fail(why, clock.now())
         except Exception as error:
             aggregator.fail(f"the aggregator failed: {error!r}", clock.now())
@@ -183,7 +185,7 @@ def _stop_signals(*, ignore_interrupt: bool) -> Callable[[], bool]:
 
 
 class AggregatorProcess:
-    """An aggregator as a child of a training process; it ends with the job, or when its parent is gone.
+    """An aggregator as a child of this process; it ends with the job, or when this process is gone.
 
     Args:
         serving: what it is asked to do.

@@ -14,6 +14,7 @@ from torch_qgc.cli import tables
 from torch_qgc.cli.comparison import Budget, compare
 from torch_qgc.cli.delays import lateness_from
 from torch_qgc.cli.reporting import reporting
+from torch_qgc.cli.run import run
 from torch_qgc.cli.simulate import simulate
 from torch_qgc.errors import ConfigError
 from torch_qgc.planner import PlanOptions, make_plan
@@ -28,6 +29,7 @@ app = typer.Typer(
     name="qgc", help="Plan and run quantized gradient coding.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.command()(simulate)
+app.command(context_settings={"allow_interspersed_args": False})(run)  # what follows the script is the script's
 
 
 @app.command()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from torch_qgc.aggregator.process import AggregatorProcess, Serving
+from torch_qgc.ddp.numbers import Numbers
 from torch_qgc.ddp.rendezvous import agree, gather, scatter
 from torch_qgc.errors import ConfigError, JobFailed, QGCError
 from torch_qgc.planner import Plan
+from torch_qgc.protocol import environment
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.protocol.identity import (
     KEY_FILE_VARIABLE,
@@ -41,7 +43,8 @@ class Network:
             are on one machine, else the address that a rank's machine has on its way to MASTER_ADDR.
         encrypt: all that is sent. False is for jobs on one machine alone: connections still need the job's keys, and
             the processor time of encryption is saved (docs/security.md says how much that is).
-        endpoints: addresses of aggregators that run already (`qgc aggregator --bind`); none is started then.
+        endpoints: addresses of aggregators that run already (`qgc aggregator --bind`); none is started then. Empty:
+            those in the environment variable QGC_ENDPOINTS, with commas between them, if it is set.
         key_file: the job's key, which `qgc keygen` has made, on every rank's machine. None: rank 0 makes a key and
             hands it out over the process group; for `endpoints`, the file that the environment variable QGC_KEY_FILE
             names.
@@ -63,6 +66,11 @@ class Network:
         if not self.encrypt:
             for host in (self.host or _LOOPBACK, *(urlsplit(endpoint).hostname or "" for endpoint in self.endpoints)):
                 check_unencrypted(host)
+
+    def completed(self) -> Network:
+        """Return this, with the addresses that the environment names where none were given."""
+        named = environment.endpoints()
+        return replace(self, endpoints=named) if named and not self.endpoints else self
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,17 @@ class _Keys(NamedTuple):
     doors: dict[int, Door]
 
 
-def start_aggregators(process_group: dist.ProcessGroup, network: Network, spec: JobSpec, plan: Plan) -> Aggregators:
+def start_aggregators(
+    process_group: dist.ProcessGroup, numbers: Numbers, network: Network, spec: JobSpec, plan: Plan
+) -> Aggregators:
     """Start aggregator i as a child of rank i mod K, and tell every rank where they are, and by what it is known there.
+
+    Where `network` names some that run already, or workers' numbers are given, nothing is started.
 
     Raises:
         ConfigError: on every rank if it happens on one.
     """
-    keys = _hand_out_keys(process_group, network, spec.aggregators)
+    keys = _hand_out_keys(process_group, numbers, network, spec.aggregators)
     if network.endpoints:
         return Aggregators(_ways(network, network.endpoints), keys.passes, [])
     children: list[AggregatorProcess] = []
@@ -123,9 +135,9 @@ def start_aggregators(process_group: dist.ProcessGroup, network: Network, spec: 
     return Aggregators(_ways(network, endpoints), keys.passes, children)
 
 
-def _hand_out_keys(process_group: dist.ProcessGroup, network: Network, aggregators: int) -> _Keys:
+def _hand_out_keys(process_group: dist.ProcessGroup, numbers: Numbers, network: Network, aggregators: int) -> _Keys:
     """Return this rank's keys, from the key file that all have, or from a secret that rank 0 alone knows."""
-    rank, workers = dist.get_rank(process_group), dist.get_world_size(process_group)
+    rank, workers = numbers.worker, numbers.workers
 
     def keys_of(rank: int, secret: Secret) -> _Keys:
         started = range(rank, 0 if network.endpoints else aggregators, workers)
@@ -135,6 +147,12 @@ def _hand_out_keys(process_group: dist.ProcessGroup, network: Network, aggregato
         )
 
     with agree(process_group):
+        if numbers.given and not network.endpoints:
+            raise ConfigError(
+                "endpoints: expected aggregators that run already where workers' numbers are given, got none, and no "
+                "process group of all workers over which a new one could be made known: Network(endpoints=..., "
+                "key_file=...), or start the script with `qgc run`"
+            )
         if network.endpoints and len(network.endpoints) != aggregators:
             raise ConfigError(
                 f"endpoints: expected one for each of the {aggregators} aggregators, got {len(network.endpoints)}: "

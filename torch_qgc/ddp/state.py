@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch_qgc.ddp.forward import Forward
 from torch_qgc.ddp.loader import CodedLoader, make_loader
 from torch_qgc.ddp.network import Network, start_aggregators
+from torch_qgc.ddp.numbers import check_sampler, find_numbers
 from torch_qgc.ddp.optim import make_coded, watch_optimizers
 from torch_qgc.ddp.rendezvous import agree, check_model, check_step, exchanged_parameters, usable_deadline
 from torch_qgc.ddp.settings import Limits, choose_plan, closing_rule, job_spec
@@ -49,7 +50,7 @@ class QGCState:
         ddp_model.register_comm_hook(state, qgc_hook)
 
     Args:
-        model: a DistributedDataParallel model; its ranks are the workers.
+        model: a DistributedDataParallel model; its ranks are the workers, unless their numbers are given.
         plan: who answers for which data, with how many bits; made from the next two if None.
         straggle_probs: [K] how often each worker will be late, as a prior: the running job measures it. None: 0.05.
         bits_per_coordinate: average over workers, 2..16, or 32 for no quantization.
@@ -64,7 +65,8 @@ class QGCState:
             as DDP does.
         downlink_bits: 32 sends results as fp32; 2..16 encodes them as well (unbiased). At 8 the noise that this adds is
             about 1/300 of the noise of a 4-bit uplink.
-        aggregators: how many share the chunks; more balance the traffic (aggregator i runs on rank i mod K).
+        aggregators: how many share the chunks; more balance the traffic (aggregator i runs on rank i mod K). None: as
+            many as run already, or 1.
         seed: of the codec's random numbers.
         replan_every: steps between two looks at why workers are slow, after which batches (of `state.loader`), bits
             and an "auto" deadline are chosen anew, also sooner if a worker changes, is lost or comes; 0: never; None:
@@ -75,13 +77,18 @@ class QGCState:
         verify_every: steps between comparisons of all replicas' parameters; 0 never compares.
         limits, network: bounds, and how the aggregators are reached.
         process_group: the workers; DDP's own if None.
+        worker, workers: this worker's number, and how many there are, for jobs without a common process group: DDP then
+            has one of this worker alone, so that a worker can end and come back while the others go on, and the
+            aggregators run already (`Network(endpoints=..., key_file=...)`). None: what the environment variables
+            QGC_WORKER and QGC_WORKERS say, which `qgc run` sets, or else the process group. See docs/launching.md.
         ghost: in steps that have closed without this worker, hand out what the model has returned for an earlier such
             batch instead of running it. A worker catches up several times faster (benchmarks/thin.py); what the loop
             computes from the outputs, such as a loss that is printed, is then of another batch, and side effects of the
             model's forward pass do not happen. For workers that are many times slower than the others.
         trace: is called with every `torch_qgc.job.events.Event` of this worker's steps.
     Attributes:
-        rank, workers: this worker's number, and how many there are.
+        rank, workers: this worker's number, and how many there are, however the script was started. The rank of the
+            process group is another one, always 0, where numbers are given.
         replica: what DDP, the loader, the optimizers and Lightning are handed; not part of the user's interface.
     Raises:
         ConfigError: something that cannot work, with the remedy; on every rank if it happens on one.
@@ -100,7 +107,7 @@ class QGCState:
         quorum: int | None = None,
         on_loss: Literal["continue", "fail"] = "continue",
         downlink_bits: int = 32,
-        aggregators: int = 1,
+        aggregators: int | None = None,
         seed: int = 0,
         verify_every: int = 50,
         replan_every: int | None = None,
@@ -108,6 +115,8 @@ class QGCState:
         limits: Limits = Limits(),
         network: Network = Network(),
         process_group: dist.ProcessGroup | None = None,
+        worker: int | None = None,
+        workers: int | None = None,
         ghost: bool = False,
         trace: Trace = silent,
     ) -> None:
@@ -117,7 +126,9 @@ class QGCState:
             replans = replan_every if replan_every is not None else 50 * (deadline_s == "auto")
             deadline_s = usable_deadline(self._model, deadline_s)
             self._group: dist.ProcessGroup = group  # type: ignore[assignment]  # check_model has seen that it is one
-            self.rank, self.workers = dist.get_rank(group), dist.get_world_size(group)
+            self._numbers = numbers = find_numbers(self._model.module, self._group, worker, workers)
+            self.rank, self.workers, _ = numbers
+            network = network.completed()
             plan = choose_plan(plan, self.workers, straggle_probs, bits_per_coordinate)
             rule = closing_rule(
                 workers=self.workers,
@@ -135,14 +146,14 @@ class QGCState:
                 rule,
                 workers=self.workers,
                 seed=seed,
-                aggregators=aggregators,
+                aggregators=aggregators if aggregators is not None else max(1, len(network.endpoints)),
                 downlink_bits=downlink_bits,
                 verify_every=verify_every,
                 replan_every=replans,
                 control_variates=control_variates,
                 limits=limits,
             )
-        reached = start_aggregators(self._group, network, spec, plan)
+        reached = start_aggregators(self._group, numbers, network, spec, plan)
         # Whatever is finalized at the interpreter's exit goes in reverse order: first the replica leaves the job.
         sessions: list[Session] = []  # this worker's, once it has asked to come in
         self._stop_children = weakref.finalize(self, _stop, reached.children, sessions)
@@ -153,7 +164,7 @@ class QGCState:
             session = Session(
                 reached.endpoints,
                 spec,
-                dist.get_rank(group),
+                numbers.worker,
                 courses,
                 first_step=first_step,
                 inbox_bytes=limits.inbox_bytes,
@@ -170,10 +181,13 @@ class QGCState:
             spec,
             worker=self.rank,
             connect=connect,
-            sequence_number=lambda: sequence_number_of(group),
+            sequence_number=lambda: None if numbers.given else sequence_number_of(group),
+            leaves_alone=numbers.given and on_loss == "continue",
             trace=trace,
         )
         self._collectives = Collectives(self.replica)
+        if numbers.given:  # no process group has made the models equal: compare them before the first step, too
+            self.replica.statement.stated_step -= 1
         self._ghost = Ghost(self._model.module, layout.parameters) if ghost else None
         self._thinner = Thinner(self.replica)
         self._loaders: list[CodedLoader] = []
@@ -216,6 +230,7 @@ class QGCState:
             thin: samples of a thin batch.
             slice: (batch, samples) -> the batch with that many samples, for batches of your own type.
         """
+        check_sampler(loader, self._numbers)
         size = getattr(loader, "batch_size", None)
         return FollowedLoader(loader, Thinner(self.replica, thin, slice, size if isinstance(size, int) else None))
 

@@ -23,6 +23,7 @@ except ImportError as error:
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_qgc.ddp.numbers import check_framework
 from torch_qgc.ddp.optim import make_coded
 from torch_qgc.ddp.state import QGCState, attach
 from torch_qgc.ddp.thin import batch_size_of, first_samples
@@ -92,6 +93,7 @@ class QGCCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
         self.close()
         self._model, self.state = model, attach(model, **self._options)
+        check_framework("QGCCallback", self.state.workers)
         self.state.scaler = trainer.accelerator.scaler
         if state.global_step:  # a resumed run: the job counts on from there
             self.state.replica.start_at(state.global_step, self.state.replica.spec.seed, self.state.plan)

@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_qgc.ddp.numbers import check_framework
 from torch_qgc.ddp.optim import make_coded
 from torch_qgc.ddp.state import QGCState, qgc_hook
 from torch_qgc.errors import ConfigError, QGCError
@@ -99,6 +100,7 @@ class QGCStrategy(DDPStrategy):
 
     def _register_ddp_hooks(self) -> None:
         self.state = QGCState(self.model, **self._state_options)  # type: ignore[arg-type]
+        check_framework("QGCStrategy", self.state.workers)
         self._fits += 1
         store = torch.distributed.distributed_c10d._get_default_store()
         self._times = StepTimes(store, self.state.rank, self.state.workers, name=f"fit{self._fits}")

@@ -25,16 +25,26 @@ class Member(Protocol):
         """Leave the job in good order; twice does no harm."""
 
 
-def at_the_end(member: Member) -> None:
-    """Tell all of an error that nobody catches, and leave in good order when the process ends."""
+def at_the_end(member: Member, *, alone: bool = False) -> None:
+    """Tell all of an error that nobody catches, and leave in good order when the process ends.
+
+    Args:
+        alone: tell nobody of an error, and end at once: the others go on without this process.
+    """
     reference = weakref.ref(member)
     before, pid = sys.excepthook, os.getpid()
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, error, trace)
         alive = reference()
-        if alive is not None:
+        if alive is None:
+            return
+        if not alone:
             alive.tell_all("".join(traceback.format_exception_only(kind, error)).strip())
+        elif os.getpid() == pid:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # a goodbye at the interpreter's exit would tell that this worker's loop has ended here
 
     def leave() -> None:
         alive = reference()

@@ -56,6 +56,7 @@ class Replica:
         worker: this worker's number.
         connect: makes the connection to the job.
         sequence_number: of the process group's newest collective; None if it has none.
+        leaves_alone: if this process ends by an error, the others go on.
         trace: is told what happens.
         now: seconds; measures how long this worker's steps take.
     """
@@ -70,6 +71,7 @@ class Replica:
         worker: int,
         connect: Connect,
         sequence_number: Callable[[], int | None] = lambda: None,
+        leaves_alone: bool = False,
         trace: Trace = silent,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,6 +88,7 @@ class Replica:
         self._advice = Advice(spec, self.courses, worker, sequence_number)
         self._spans = Spans(worker, trace, now)
         self._connect, self._trace, self._now = connect, trace, now
+        self._leaves_alone = leaves_alone
         self._connection: Connection | None = None
         self._exchange: Exchange | None = None
         self._begun_at_s = 0.0
@@ -456,7 +459,7 @@ class Replica:
             self._exchange = Exchange(
                 self.layout, self.courses, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
             )
-            at_the_end(self)
+            at_the_end(self, alone=self._leaves_alone)
         return self._connection, self._exchange
 
     def made_collective(self) -> None:
