@@ -1,0 +1,242 @@
+"""A training script as users write it, run in a forked process, and what it tells those who watch it."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import logging
+import mmap
+import os
+import pickle
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+from torch_qgc import CodedSGD, Limits, Network, QGCState, qgc_hook  # here, and not in each process
+
+STEPS = 60
+MOST_STEPS = 4096
+BATCH = 4
+
+
+class Board:
+    """Memory that all processes of a case share: when each rank has made each step, and how far they may go.
+
+    Attributes:
+        made_s: [ranks, MOST_STEPS] time.monotonic() at the end of each rank's each step; 0: it was not made.
+        failed_s: [ranks] time.monotonic() when a rank's script has raised; 0: it has not.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        memory = np.frombuffer(mmap.mmap(-1, 8 * (ranks * (MOST_STEPS + 1) + 1)), dtype=np.float64)
+        self.made_s = memory[: ranks * MOST_STEPS].reshape(ranks, MOST_STEPS)
+        self.failed_s = memory[ranks * MOST_STEPS : -1]
+        self._gate = memory[-1:]
+
+    @property
+    def gate(self) -> float:
+        """The step that no rank begins before the gate has been moved."""
+        return float(self._gate[0])
+
+    @gate.setter
+    def gate(self, step: float) -> None:
+        self._gate[0] = step
+
+
+@dataclass
+class End:
+    """What a script has come to: a value, or an error, as type name and text.
+
+    Attributes:
+        value: what it has returned.
+        error: "JobFailed: ...", or None.
+        names: of the error's class and its base classes.
+    """
+
+    value: Any = None
+    error: str | None = None
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a script is handed: its rank, and how those who watch it hear of it."""
+
+    rank: int
+    ranks: int
+    folder: Path
+    board: Board
+    through: Callable[[str], str]
+
+    def may_begin(self, step: int) -> None:
+        """Wait at the gate."""
+        while step >= self.board.gate:
+            time.sleep(0.002)
+
+    def made(self, step: int) -> None:
+        """Note that a step was made."""
+        self.board.made_s[self.rank, step] = time.monotonic()
+
+    def note(self, name: str, value: Any = None) -> None:
+        """Leave a note, for `Stage.note`."""
+        path = self.folder / f"{self.rank}.{name}"
+        path.with_suffix(".half").write_text(json.dumps(value))
+        path.with_suffix(".half").rename(path)
+
+    def way(self, endpoint: str) -> str:
+        """Note where an aggregator is, and return the address at which this rank is to reach it."""
+        self.note("endpoint", endpoint)
+        return self.through(endpoint)
+
+    def network(self, **options: Any) -> Network:
+        """Return a network that goes the way that the case has laid for this rank."""
+        return Network(through=self.way, **options)
+
+
+def mlp(width: int = 128) -> torch.nn.Sequential:
+    """Return a model of three chunks, the same on every rank; eight parameters more for each further unit of width."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+
+
+def dataset(ranks: int, steps: int = STEPS) -> TensorDataset:
+    """Return samples for that many steps."""
+    x = torch.randn(steps * BATCH * ranks, 6, generator=torch.Generator().manual_seed(5))
+    return TensorDataset(x, torch.sin(x).sum(1, keepdim=True))
+
+
+def coded(
+    member: Member, model: torch.nn.Module | None = None, *, limits: dict[str, Any] | None = None, **options: Any
+) -> tuple[DistributedDataParallel, QGCState]:
+    """Wrap a model in DDP with the hook."""
+    wrapped = DistributedDataParallel(mlp() if model is None else model)
+    bounds = Limits(**{"chunk_numel": 512, **(limits or {})})
+    options = {"network": member.network(), "deadline_s": 0.1, "verify_every": 10, **options}
+    state = QGCState(wrapped, limits=bounds, **options)
+    wrapped.register_comm_hook(state, qgc_hook)
+    return wrapped, state
+
+
+def seen(state: QGCState) -> dict[str, Any]:
+    """Return what a rank has at the end: what must be equal on all, and what it says of itself."""
+    report = state.report()
+    return {
+        "step": state.step,
+        "parameters": state.replica.layout.parameter_digest(),
+        "missed": report.thin_steps + report.replayed_steps,
+        "rejections": list(report.rejections),
+    }
+
+
+def train(
+    member: Member,
+    *,
+    steps: int = STEPS,
+    model: torch.nn.Module | None = None,
+    in_forward: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int, DistributedDataParallel, Any], bool | None] = lambda step, model, optimizer: None,
+    after_loop: Callable[[QGCState], None] = lambda state: None,
+    num_workers: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train as a script does, and leave in good order.
+
+    Args:
+        in_forward: is called in the middle of each forward pass, with the step.
+        after_step: is called with each step that was made; True leaves the loop.
+        after_loop: is called before the job is left.
+        options: `coded`'s.
+    """
+    ddp, state = coded(member, model, **options)
+    ddp.module[1].register_forward_pre_hook(lambda *_: in_forward(state.step))  # type: ignore[operator, index]
+    optimizer = CodedSGD(ddp.parameters(), state, lr=0.05)
+    samples = dataset(member.ranks, steps)
+    for x, y in state.loader(samples, batch_size=BATCH, num_workers=num_workers):
+        step = state.step
+        member.may_begin(step)
+        torch.nn.functional.mse_loss(ddp(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        member.made(step)
+        if after_step(step, ddp, optimizer):
+            break
+    after_loop(state)
+    found = seen(state)
+    state.close()
+    return found
+
+
+def run_as_script(script: Callable[[Member], Any], member: Member, timeout: Any) -> None:
+    """Run a script in this process, which was forked for it, and end as an interpreter that runs it does."""
+    _forget_parent()
+    _prepare(member.folder / f"{member.rank}.log")
+    status = 0
+    try:
+        store = f"file://{member.folder / 'store'}"
+        dist.init_process_group("gloo", init_method=store, rank=member.rank, world_size=member.ranks, timeout=timeout)
+        _write_end(member, End(value=script(member)))
+        dist.destroy_process_group()
+    except BaseException as error:
+        member.board.failed_s[member.rank] = time.monotonic()
+        names = [kind.__name__ for kind in type(error).__mro__]
+        _write_end(member, End(error=f"{type(error).__name__}: {error}", names=names))
+        status = 1
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.exit(status)
+
+
+def read_end(folder: Path, rank: int) -> End | None:
+    """Return what a rank's script has come to; None if it has not."""
+    try:
+        end: End = pickle.loads((folder / f"{rank}.end").read_bytes())
+    except FileNotFoundError:
+        return None
+    return end
+
+
+def _write_end(member: Member, end: End) -> None:
+    half = member.folder / f"{member.rank}.half"
+    half.write_bytes(pickle.dumps(end))
+    half.rename(member.folder / f"{member.rank}.end")
+
+
+def _forget_parent() -> None:
+    """Forget what the parent has to do at its own end."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    sys.excepthook = sys.__excepthook__
+    logging.getLogger().handlers.clear()
+
+
+def _prepare(log: Path) -> None:
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for stream in (1, 2))
+    faulthandler.enable(sys.stderr)  # SIGABRT ends a process with its traceback
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ |= {"PYTHONFAULTHANDLER": "1", "TMPDIR": str(log.parent / "tmp"), "OMP_NUM_THREADS": "1"}
+    tempfile.tempdir = None
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
