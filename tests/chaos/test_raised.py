@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,18 +13,97 @@ from helpers.stage import Stage
 
 pytestmark = pytest.mark.chaos
 
+STEP = 20
 
-def raises(rank: int, at: int, member: Member) -> object:
-    """Train, and raise in the forward pass of one step on one rank."""
+
+def breaks() -> None:
+    raise ValueError("broken on purpose")
+
+
+def on(rank: int, happens: Callable[[], None], member: Member, *, at: int = STEP) -> object:
+    """Train; something happens in the forward pass of a step, on one rank."""
 
     def in_forward(step: int) -> None:
-        if member.rank == rank and step == at:
-            raise ValueError("broken on purpose")
+        if (member.rank, step) == (rank, at):
+            member.board.fault()
+            happens()
 
     return train(member, in_forward=in_forward)
 
 
-def test_an_exception_in_the_forward_pass_is_heard_by_all(stage: Stage) -> None:
-    stage.start(partial(raises, 2, 20), gate=99)
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_an_exception_in_the_forward_pass_is_heard_by_all(stage: Stage, rank: int) -> None:
+    stage.start(partial(on, rank, breaks), gate=99)
     stage.end()
-    stage.assert_failed("worker 2 failed at step 20: ValueError: broken on purpose", but={2})
+    stage.assert_failed(f"worker {rank} failed at step {STEP}: ValueError: broken on purpose", but={rank})
+
+
+@pytest.mark.slow
+def test_an_exit_in_the_middle_of_a_loop_is_heard_by_all(stage: Stage) -> None:
+    stage.start(partial(on, 2, lambda: sys.exit(3)), gate=99)
+    stage.end()
+    stage.assert_failed("worker 2", but={2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 0])
+def test_an_interrupt_of_one_rank_is_heard_by_all(stage: Stage, rank: int) -> None:
+    stage.start(train)
+    with stage.after(STEP, of=rank):
+        stage.kill(rank, signal.SIGINT)
+    stage.end()
+    stage.assert_failed(f"worker {rank} failed", but={rank})
+    assert "KeyboardInterrupt" in stage.log(rank)
+
+
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_loop_that_is_left_early_is_named_on_all_ranks(stage: Stage, rank: int) -> None:
+    stage.start(partial(leaves, rank), gate=99)
+    stage.end()
+    stage.assert_failed(f"worker {rank} has left its loop at step {STEP + 1}")
+
+
+def leaves(rank: int, member: Member) -> object:
+    def after_step(step: int, *_: object) -> bool:
+        if (member.rank, step) != (rank, STEP):
+            return False
+        member.board.fault()
+        return True
+
+    return train(member, after_step=after_step)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, reason="at its exit rank 0 waits for its aggregator, which waits for the stopped worker"
+)
+def test_rank_0_ends_with_its_error_although_somebody_has_not_heard_of_it(stage: Stage) -> None:
+    """A launcher must not wait for the error that it is to show."""
+    stage.limit_s = 10.0
+    stage.start(partial(on, 0, breaks, at=STEP + 10))
+    with stage.after(STEP, of=0):
+        stage.stop(3)
+    stage.end(but={3})
+    stage.resume()
+    stage.end()
+    stage.assert_failed("worker 0 failed", but={0})
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the others wait for join_timeout_s, 300 s by default")
+@pytest.mark.parametrize("rank", [2, 0])
+def test_an_exception_before_the_first_step_is_heard_by_all(stage: Stage, rank: int) -> None:
+    """The others are in their first step, and wait for it."""
+    stage.limit_s = 10.0
+    stage.start(partial(breaks_before_the_first_step, rank), gate=99)
+    stage.end()
+    stage.assert_failed("broken on purpose", but={rank})
+
+
+def breaks_before_the_first_step(rank: int, member: Member) -> object:
+    def prepare() -> None:
+        if member.rank == rank:
+            member.board.fault()
+            breaks()
+
+    return train(member, before_loop=prepare)

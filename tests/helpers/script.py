@@ -39,23 +39,34 @@ class Board:
 
     Attributes:
         made_s: [ranks, MOST_STEPS] time.monotonic() at the end of each rank's each step; 0: it was not made.
+        waited_s: [ranks, MOST_STEPS] for how long each rank stood at the gate before each step.
         failed_s: [ranks] time.monotonic() when a rank's script has raised; 0: it has not.
     """
 
     def __init__(self, ranks: int) -> None:
-        memory = np.frombuffer(mmap.mmap(-1, 8 * (ranks * (MOST_STEPS + 1) + 1)), dtype=np.float64)
-        self.made_s = memory[: ranks * MOST_STEPS].reshape(ranks, MOST_STEPS)
-        self.failed_s = memory[ranks * MOST_STEPS : -1]
-        self._gate = memory[-1:]
+        steps = ranks * MOST_STEPS
+        memory = np.frombuffer(mmap.mmap(-1, 8 * (2 * steps + ranks + 2)), dtype=np.float64)
+        self.made_s, self.waited_s = memory[: 2 * steps].reshape(2, ranks, MOST_STEPS)
+        self.failed_s = memory[2 * steps : -2]
+        self._others = memory[-2:]
 
     @property
     def gate(self) -> float:
         """The step that no rank begins before the gate has been moved."""
-        return float(self._gate[0])
+        return float(self._others[0])
 
     @gate.setter
     def gate(self, step: float) -> None:
-        self._gate[0] = step
+        self._others[0] = step
+
+    @property
+    def fault_s(self) -> float:
+        """time.monotonic() when the fault was staged; 0: it was not yet."""
+        return float(self._others[1])
+
+    def fault(self) -> None:
+        """Note that the fault is staged now."""
+        self._others[1] = time.monotonic()
 
 
 @dataclass
@@ -85,8 +96,10 @@ class Member:
 
     def may_begin(self, step: int) -> None:
         """Wait at the gate."""
+        begun_s = time.monotonic()
         while step >= self.board.gate:
             time.sleep(0.002)
+        self.board.waited_s[self.rank, step] = time.monotonic() - begun_s
 
     def made(self, step: int) -> None:
         """Note that a step was made."""
@@ -109,7 +122,7 @@ class Member:
 
 
 def mlp(width: int = 128) -> torch.nn.Sequential:
-    """Return a model of three chunks, the same on every rank; eight parameters more for each further unit of width."""
+    """Return a model of 8 parameters for each unit of width: with 128, of three chunks."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
 
@@ -147,9 +160,10 @@ def train(
     member: Member,
     *,
     steps: int = STEPS,
-    model: torch.nn.Module | None = None,
+    make_model: Callable[[], torch.nn.Module] = mlp,
+    before_loop: Callable[[], None] = lambda: None,
     in_forward: Callable[[int], None] = lambda step: None,
-    after_step: Callable[[int, DistributedDataParallel, Any], bool | None] = lambda step, model, optimizer: None,
+    after_step: Callable[..., bool | None] = lambda step, *parts: None,
     after_loop: Callable[[QGCState], None] = lambda state: None,
     num_workers: int = 0,
     **options: Any,
@@ -157,15 +171,19 @@ def train(
     """Train as a script does, and leave in good order.
 
     Args:
+        make_model: makes it, of layers of which the second is called once in a forward pass.
+        before_loop: is called when all has been made.
         in_forward: is called in the middle of each forward pass, with the step.
-        after_step: is called with each step that was made; True leaves the loop.
+        after_step: is called with each step that was made, and with the DDP model, the optimizer and the state; True
+            leaves the loop.
         after_loop: is called before the job is left.
         options: `coded`'s.
     """
-    ddp, state = coded(member, model, **options)
+    ddp, state = coded(member, make_model(), **options)
     ddp.module[1].register_forward_pre_hook(lambda *_: in_forward(state.step))  # type: ignore[operator, index]
     optimizer = CodedSGD(ddp.parameters(), state, lr=0.05)
     samples = dataset(member.ranks, steps)
+    before_loop()
     for x, y in state.loader(samples, batch_size=BATCH, num_workers=num_workers):
         step = state.step
         member.may_begin(step)
@@ -173,7 +191,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         member.made(step)
-        if after_step(step, ddp, optimizer):
+        if after_step(step, ddp, optimizer, state):
             break
     after_loop(state)
     found = seen(state)

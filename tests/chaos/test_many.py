@@ -1,0 +1,42 @@
+"""Jobs of many ranks, of which several are killed, stopped and cut off at once."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from helpers.script import train
+from helpers.stage import Stage
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_many_ranks_of_which_several_are_hit(stage: Stage, ranks: int) -> None:
+    steps = 30
+    for rank in (5, 6):
+        stage.proxy(rank)
+    stage.start(partial(train, steps=steps, deadline_s=0.5), ranks=ranks, steps=steps, gate=20)
+    with stage.after(10, of=0):
+        for rank in (1, 2, ranks - 1):
+            stage.kill(rank)
+        stage.cut(5, 6)
+        stage.stop(7, for_s=2.0)
+    stage.end()
+    stage.assert_equal()
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_many_ranks_hear_of_an_error_on_one(stage: Stage, ranks: int) -> None:
+    stage.start(partial(breaks, ranks - 1), ranks=ranks, gate=99)
+    stage.end()
+    stage.assert_failed(f"worker {ranks - 1} failed at step 5: ValueError: broken on purpose", but={ranks - 1})
+
+
+def breaks(rank: int, member: object) -> object:
+    def in_forward(step: int) -> None:
+        if (member.rank, step) == (rank, 5):  # type: ignore[attr-defined]
+            member.board.fault()  # type: ignore[attr-defined]
+            raise ValueError("broken on purpose")
+
+    return train(member, in_forward=in_forward, deadline_s=0.5)  # type: ignore[arg-type]
