@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from helpers.processes import adopting_orphans
 from helpers.stage import Stage
 
-#: Names a file that gets a line of what was seen in each case.
+#: Names a file that gets a line of what was seen in each case; benchmarks/chaos.py says what the columns are.
 TABLE_VARIABLE = "CHAOS_CSV"
+
+_HELD = pytest.StashKey[bool]()
 
 
 @pytest.fixture
 def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    made = Stage(tmp_path)
     with adopting_orphans():
-        made = Stage(tmp_path)
+        yield made
         try:
-            yield made
+            made.close()
         finally:
-            try:
-                made.close()
-            finally:
-                _keep(request.node.name.removeprefix("test_"), made)
+            _keep(request.node, made)
 
 
-def _keep(case: str, stage: Stage) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    if call.when == "call":
+        item.stash[_HELD] = call.excinfo is None
+    return (yield)
+
+
+def _keep(item: pytest.Item, stage: Stage) -> None:
     table = os.environ.get(TABLE_VARIABLE)
     if table and stage.ranks:
-        row = {"case": case, **stage.measured()}
+        held = "yes" if item.stash.get(_HELD, False) else "not yet"
+        row = {"case": item.name.removeprefix("test_"), "held": held, **stage.measured()}
         with open(table, "a", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             if not file.tell():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from helpers.script import train
+from helpers.script import breaks, train, train_until
 from helpers.stage import Stage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
@@ -28,15 +28,6 @@ def test_many_ranks_of_which_several_are_hit(stage: Stage, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [16, 32])
 def test_many_ranks_hear_of_an_error_on_one(stage: Stage, ranks: int) -> None:
-    stage.start(partial(breaks, ranks - 1), ranks=ranks, gate=99)
+    stage.start(partial(train_until, ranks - 1, 5, breaks, deadline_s=0.5), ranks=ranks, gate=99)
     stage.end()
     stage.assert_failed(f"worker {ranks - 1} failed at step 5: ValueError: broken on purpose", but={ranks - 1})
-
-
-def breaks(rank: int, member: object) -> object:
-    def in_forward(step: int) -> None:
-        if (member.rank, step) == (rank, 5):  # type: ignore[attr-defined]
-            member.board.fault()  # type: ignore[attr-defined]
-            raise ValueError("broken on purpose")
-
-    return train(member, in_forward=in_forward, deadline_s=0.5)  # type: ignore[arg-type]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import pytest
-from helpers.script import Member, train
+from helpers.script import Member, breaks, train, train_until
 from helpers.stage import Stage
 
 pytestmark = pytest.mark.chaos
@@ -16,31 +15,16 @@ pytestmark = pytest.mark.chaos
 STEP = 20
 
 
-def breaks() -> None:
-    raise ValueError("broken on purpose")
-
-
-def on(rank: int, happens: Callable[[], None], member: Member, *, at: int = STEP) -> object:
-    """Train; something happens in the forward pass of a step, on one rank."""
-
-    def in_forward(step: int) -> None:
-        if (member.rank, step) == (rank, at):
-            member.board.fault()
-            happens()
-
-    return train(member, in_forward=in_forward)
-
-
 @pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_exception_in_the_forward_pass_is_heard_by_all(stage: Stage, rank: int) -> None:
-    stage.start(partial(on, rank, breaks), gate=99)
+    stage.start(partial(train_until, rank, STEP, breaks), gate=99)
     stage.end()
     stage.assert_failed(f"worker {rank} failed at step {STEP}: ValueError: broken on purpose", but={rank})
 
 
 @pytest.mark.slow
 def test_an_exit_in_the_middle_of_a_loop_is_heard_by_all(stage: Stage) -> None:
-    stage.start(partial(on, 2, lambda: sys.exit(3)), gate=99)
+    stage.start(partial(train_until, 2, STEP, lambda: sys.exit(3)), gate=99)
     stage.end()
     stage.assert_failed("worker 2", but={2})
 
@@ -80,7 +64,7 @@ def leaves(rank: int, member: Member) -> object:
 def test_rank_0_ends_with_its_error_although_somebody_has_not_heard_of_it(stage: Stage) -> None:
     """A launcher must not wait for the error that it is to show."""
     stage.limit_s = 10.0
-    stage.start(partial(on, 0, breaks, at=STEP + 10))
+    stage.start(partial(train_until, 0, STEP + 10, breaks))
     with stage.after(STEP, of=0):
         stage.stop(3)
     stage.end(but={3})

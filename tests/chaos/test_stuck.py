@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 from helpers.processes import most_memory_bytes
-from helpers.script import Member, mlp, train
+from helpers.script import Member, mlp, sleeps, train, train_until
 from helpers.stage import Stage
 
 pytestmark = pytest.mark.chaos
@@ -15,22 +16,20 @@ pytestmark = pytest.mark.chaos
 STALL_S = 2.0
 
 
-def falls_asleep(at: int, options: dict[str, object], member: Member) -> object:
-    """Train; rank 2's training thread sleeps from a step on, while its connection lives."""
-    return train(member, in_forward=lambda step: time.sleep(1e6) if (member.rank, step) == (2, at) else None, **options)
-
-
 @pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="there is no stall_timeout_s; the others wait for ever")
 @pytest.mark.parametrize(
-    ("at", "options"),
-    [(20, {"deadline_s": None}), (20, {"quorum": 4}), (20, {"limits": {"log_steps": 6}})],
-    ids=["all wait", "quorum", "leash"],
+    ("options", "limits"),
+    [({"deadline_s": None}, {}), ({"quorum": 4}, {}), ({}, {"log_steps": 6}), ({}, {})],
+    ids=["all wait", "quorum", "leash", "at the end"],
 )
-def test_who_makes_no_progress_while_others_wait_is_given_up(stage: Stage, at: int, options: dict[str, object]) -> None:
+def test_who_makes_no_progress_while_others_wait_is_given_up(
+    stage: Stage, options: dict[str, Any], limits: dict[str, Any]
+) -> None:
+    """Its connection lives; its training thread sleeps."""
     stage.limit_s = 15.0
-    limits = {**options.pop("limits", {}), "stall_timeout_s": STALL_S}  # type: ignore[dict-item]
-    stage.start(partial(falls_asleep, at, {**options, "limits": limits}), gate=99)
+    limits = {**limits, "stall_timeout_s": STALL_S}
+    stage.start(partial(train_until, 2, 20, sleeps, limits=limits, **options), gate=99)
     stage.end(but={2})
     stage.kill(2)
     stage.assert_equal()
@@ -41,7 +40,7 @@ def test_who_makes_no_progress_while_others_wait_is_given_up(stage: Stage, at: i
 @pytest.mark.xfail(strict=True, reason="there is no stall_timeout_s; the others wait for ever")
 def test_who_makes_no_progress_in_warm_up_ends_the_job_by_name(stage: Stage) -> None:
     stage.limit_s = 15.0
-    stage.start(partial(falls_asleep, 1, {"limits": {"stall_timeout_s": STALL_S}}), gate=99)
+    stage.start(partial(train_until, 2, 1, sleeps, limits={"stall_timeout_s": STALL_S}), gate=99)
     stage.end(but={2})
     stage.kill(2)
     stage.assert_failed("worker 2")
@@ -49,7 +48,7 @@ def test_who_makes_no_progress_in_warm_up_ends_the_job_by_name(stage: Stage) -> 
 
 def test_who_is_asleep_between_deadlines_costs_the_others_no_step(stage: Stage) -> None:
     """As long as the log reaches, nobody waits for it."""
-    stage.start(partial(falls_asleep, 20, {}), gate=99)
+    stage.start(partial(train_until, 2, 20, sleeps), gate=99)
     stage.until(lambda: stage.board.made_s[[0, 1, 3], 59].all(), "the others' last step")
     stage.kill(2)
     stage.end()
@@ -73,7 +72,7 @@ def never_begins(rank: int, member: Member) -> object:
     def prepare() -> None:
         if member.rank == rank:
             member.board.fault()
-            time.sleep(1e6)
+            sleeps()
 
     return train(member, before_loop=prepare, limits={"join_timeout_s": 2.0})
 

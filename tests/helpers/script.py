@@ -199,6 +199,32 @@ def train(
     return found
 
 
+def train_until(rank: int, at: int, happens: Callable[[], object], member: Member, **options: Any) -> dict[str, Any]:
+    """Train until something happens on one rank: in the middle of the forward pass of a step.
+
+    Args:
+        rank, at: on which, in which step.
+        options: `train`'s.
+    """
+
+    def in_forward(step: int) -> None:
+        if (member.rank, step) == (rank, at):
+            member.board.fault()
+            happens()
+
+    return train(member, in_forward=in_forward, **options)
+
+
+def breaks() -> None:
+    """Raise what has nothing to do with torch_qgc."""
+    raise ValueError("broken on purpose")
+
+
+def sleeps() -> None:
+    """Sleep until somebody kills this process."""
+    time.sleep(1e6)
+
+
 def run_as_script(script: Callable[[Member], Any], member: Member, timeout: Any) -> None:
     """Run a script in this process, which was forked for it, and end as an interpreter that runs it does."""
     _forget_parent()

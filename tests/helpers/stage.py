@@ -306,7 +306,7 @@ class Stage:
         return {
             "ranks": len(self.ranks),
             "outcome": "; ".join(f"{name}: {_shown(ranks)}" for name, ranks in outcomes.items()),
-            "killed": _shown(sorted(self.killed)),
+            "killed": _shown(self.killed),
             "steps": self.steps,
             "steps_lost": self.steps - min(made, default=0),
             "stall_s": _longest(others),
@@ -336,4 +336,11 @@ def _own_lines(dump: str) -> str:
 
 
 def _shown(ranks: Collection[int]) -> str:
-    return " ".join(map(str, ranks))
+    """Return numbers as "0 2-5 7"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
