@@ -4,8 +4,9 @@
 
 Runs the cases of tests/chaos, in which real processes are killed, stopped and cut off, and keeps what is seen in each.
 `stall_s` is the longest time between two steps of the ranks that nothing was done to, `stall_of_hit_s` that of the
-others, both after the fault; `told_s` is the time from the fault until the last rank has raised its error. `held` says
-whether all was as the case demands. One run of each case.
+others, both after the fault; `told_s` is the time from the fault until the last rank has raised its error. `steps_lost`
+are those that the ranks have not made that went on, or that nobody has made if none did. `held` says whether all was as
+the case demands. One run of each case.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +47,7 @@ def main(short: bool = typer.Option(False, help="only the cases that `make test`
             writer.writerows(rows)
     table = Table(*list(rows[0])[:-2])
     for row in rows:
-        table.add_row(*list(row.values())[:-2])
+        table.add_row(*map(escape, list(row.values())[:-2]))
     Console(width=200).print(table)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.measured import measured
 from helpers.processes import adopting_orphans
 from helpers.stage import Stage
 
@@ -41,7 +42,7 @@ def _keep(item: pytest.Item, stage: Stage) -> None:
     table = os.environ.get(TABLE_VARIABLE)
     if table and stage.ranks:
         held = "yes" if item.stash.get(_HELD, False) else "not yet"
-        row = {"case": item.name.removeprefix("test_"), "held": held, **stage.measured()}
+        row = {"case": item.name.removeprefix("test_"), "held": held, **measured(stage)}
         with open(table, "a", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             if not file.tell():

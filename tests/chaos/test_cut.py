@@ -7,8 +7,8 @@ import time
 from functools import partial
 
 import pytest
-from helpers.script import train
 from helpers.stage import Stage
+from helpers.training import train
 
 pytestmark = pytest.mark.chaos
 

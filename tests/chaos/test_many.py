@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from helpers.script import breaks, train, train_until
 from helpers.stage import Stage
+from helpers.training import breaks, train, train_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import time
 from functools import partial
 
 import pytest
-from helpers.script import train
 from helpers.stage import GATE, Role, Stage
+from helpers.training import train
 
 pytestmark = pytest.mark.chaos
 
@@ -43,6 +43,19 @@ def test_a_worker_comes_back_that_was_given_up(stage: Stage) -> None:
     with stage.after(20, of=2):
         stage.stop(2)
         stage.until(lambda: "worker 2 was lost" in stage.log(0), "word of the loss")
+        stage.resume()
+    stage.end()
+    stage.assert_equal()
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="it asks for each step that it lacks after a second in which nothing has come")
+def test_a_worker_that_was_given_up_need_not_ask_for_what_it_lacks(stage: Stage) -> None:
+    stage.start(partial(train, steps=260, deadline_s=None), steps=260, gate=220)
+    with stage.after(20, of=2):
+        stage.stop(2)
+        stage.until(lambda: stage.board.made_s[0, 219] > 0, "the others' last step before the gate")
+        stage.limit_s = 60.0
         stage.resume()
     stage.end()
     stage.assert_equal()

@@ -7,8 +7,9 @@ import sys
 from functools import partial
 
 import pytest
-from helpers.script import Member, breaks, train, train_until
+from helpers.script import Member
 from helpers.stage import Stage
+from helpers.training import breaks, train, train_until
 
 pytestmark = pytest.mark.chaos
 

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import torch
-from helpers.script import Member, train
+from helpers.script import Member
 from helpers.stage import Stage
+from helpers.training import train
 
 from torch_qgc.protocol.gate import SPARE_DESCRIPTORS
 

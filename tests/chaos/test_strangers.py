@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import zmq
-from helpers.script import train
 from helpers.stage import GATE, Stage
+from helpers.training import train
 
 from torch_qgc.protocol import messages
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from helpers.processes import most_memory_bytes
-from helpers.script import Member, mlp, sleeps, train, train_until
+from helpers.script import Member
 from helpers.stage import Stage
+from helpers.training import mlp, sleeps, train, train_until
 
 pytestmark = pytest.mark.chaos
 

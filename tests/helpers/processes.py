@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,16 +27,33 @@ def adopting_orphans() -> Iterator[None]:
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def running_descendants() -> list[psutil.Process]:
-    """Return the children of this process, their children and so on, as far as they run; wait for adopted ones."""
-    running = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                running.append(process)
-            elif process.ppid() == os.getpid():
-                os.waitpid(process.pid, os.WNOHANG)
-    return running
+class Descendants:
+    """The processes that come from this one from now on, those that come from them, and so on."""
+
+    def __init__(self) -> None:
+        self._before = {process.pid for process in psutil.Process().children(recursive=True)}
+
+    def running(self) -> list[psutil.Process]:
+        """Return those that run."""
+        found = psutil.Process().children(recursive=True)
+        return [each for each in found if each.pid not in self._before and not _has_ended(each)]
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until none runs, at most for that long, and clear away those that were adopted."""
+        give_up_s = time.monotonic() + timeout_s
+        while self.running() and time.monotonic() < give_up_s:
+            time.sleep(0.01)
+        for each in psutil.Process().children():
+            if each.pid not in self._before and _has_ended(each):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(each.pid, os.WNOHANG)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def described(process: psutil.Process) -> str:

@@ -16,13 +16,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 
-from helpers.processes import described, is_listened_on, running_descendants
+from helpers.processes import Descendants, described, is_listened_on
 from helpers.proxy import Proxy
 from helpers.ranks import PATIENCE_S
-from helpers.script import STEPS, Board, End, Member, read_end, run_as_script
+from helpers.script import Board, End, Member, read_end, run_as_script
+from helpers.training import STEPS
 
 CONTEXT = multiprocessing.get_context("fork")
 GATE = 40  # no rank goes on before the fault has happened
@@ -53,6 +53,7 @@ class Stage:
         self.proxies: dict[int, Proxy] = {}
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._stopped: set[int] = set()
+        self.descendants = Descendants()
         (folder / "tmp").mkdir()
 
     # --- before -------------------------------------------------------------------------------------------
@@ -103,7 +104,8 @@ class Stage:
         give_up_s = time.monotonic() + self.limit_s
         while not condition():
             running = [rank for rank in self.ranks if self._processes[rank].is_alive()]
-            if time.monotonic() > give_up_s or (self._processes and not running):
+            over = time.monotonic() > give_up_s or (self._processes and not running)
+            if over and not condition():
                 raise AssertionError(f"{what}: it has not happened. {self._tell_of(running)}")
             time.sleep(0.002)
 
@@ -244,16 +246,13 @@ class Stage:
             process.join()
         for proxy in self.proxies.values():
             proxy.close()
-        left = running_descendants()
-        give_up_s = time.monotonic() + (1.0 if self.hung else self.limit_s)
-        while left and time.monotonic() < give_up_s:
-            time.sleep(0.01)
-            left = running_descendants()
+        self.descendants.wait(1.0 if self.hung else self.limit_s)
+        left = self.descendants.running()
         behind = [f"process {described(process)}" for process in left]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        running_descendants()
+        self.descendants.wait(self.limit_s)
         endpoints = {json.loads(path.read_text()) for path in self.folder.glob("*.endpoint")}
         behind += [f"port {endpoint}" for endpoint in endpoints if is_listened_on(endpoint)]
         files = {path.name for path in (self.folder / "tmp").iterdir()}
@@ -267,7 +266,7 @@ class Stage:
         logs = {rank: len(self.log(rank)) for rank in running}
         self.hung |= set(running)
         self.resume()
-        for process in running_descendants():
+        for process in self.descendants.running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGABRT)  # which faulthandler answers with a traceback
         for rank in running:
@@ -284,63 +283,11 @@ class Stage:
             state = f"has ended ({self._processes[rank].exitcode})"
         return f"rank {rank} {state}, {made} steps made"
 
-    # --- what was seen ------------------------------------------------------------------------------------
-
-    def measured(self) -> dict[str, Any]:
-        """Return what was seen of the case, for a table."""
-        survivors = [rank for rank in self.ranks if rank not in self.killed]
-        ends = {rank: self.came_to(rank) for rank in survivors}
-        failed = [rank for rank, end in ends.items() if end is not None and end.error is not None]
-        went_on = [rank for rank, end in ends.items() if end is not None and end.error is None]
-        outcomes: dict[str, list[int]] = {}
-        for rank, end in ends.items():
-            if rank in self.hung:
-                name = "hung"
-            else:
-                name = "ended" if end is None else (end.error or "trained to the end").split(":")[0]
-            outcomes.setdefault(name, []).append(rank)
-        others = [gap for rank in went_on if rank not in self.hit for gap in self._gaps_s(rank)]
-        hit = [gap for rank in went_on if rank in self.hit for gap in self._gaps_s(rank)]
-        told = [self.board.failed_s[rank] - self.board.fault_s for rank in failed]
-        made = [int((self.board.made_s[rank] > 0).sum()) for rank in went_on or survivors]
-        return {
-            "ranks": len(self.ranks),
-            "outcome": "; ".join(f"{name}: {_shown(ranks)}" for name, ranks in outcomes.items()),
-            "killed": _shown(self.killed),
-            "steps": self.steps,
-            "steps_lost": self.steps - min(made, default=0),
-            "stall_s": _longest(others),
-            "stall_of_hit_s": _longest(hit),
-            "told_s": _longest(told),
-        }
-
-    def _gaps_s(self, rank: int) -> list[float]:
-        """Return the times between a rank's steps that end after the fault, those at the gate left out."""
-        steps = np.flatnonzero(self.board.made_s[rank])
-        made_s, waited_s = self.board.made_s[rank, steps], self.board.waited_s[rank, steps]
-        gaps_s = np.diff(made_s) - waited_s[1:]
-        return gaps_s[made_s[1:] > self.board.fault_s].tolist() if self.board.fault_s else []
-
 
 def _straight(endpoint: str) -> str:
     return endpoint
 
 
-def _longest(times_s: list[float]) -> str:
-    return f"{max(times_s):.3f}" if times_s else ""
-
-
 def _own_lines(dump: str) -> str:
     """Return a traceback without what is the same in all: who has forked the process, and what it has loaded."""
     return re.sub(r"(?m) in run_as_script\n(  File .*\n)*|^Extension modules: .*\n", "\n", dump)
-
-
-def _shown(ranks: Collection[int]) -> str:
-    """Return numbers as "0 2-5 7"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
