@@ -8,7 +8,8 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 
 # Tests that train on several processes, and all others: they run side by side, on two cores.
-PROCESSES := tests/loops $(wildcard tests/test_hook.py tests/test_run.py tests/test_numbers.py tests/test_loops*.py tests/test_strategy.py \
+PROCESSES := tests/loops tests/chaos $(wildcard tests/test_hook.py tests/test_run.py tests/test_numbers.py \
+	tests/test_loops*.py tests/test_strategy.py \
 	tests/test_integrations_*.py tests/test_examples_*.py)
 
 .PHONY: demo test test-processes test-others test-all check docs format clean
