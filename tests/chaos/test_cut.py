@@ -56,11 +56,6 @@ def test_some_may_be_cut_off_again_and_again(stage: Stage, deadline_s: float | N
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="all workers count as lost, so the aggregator takes the job for finished and ends; the workers raise "
-    "JobFailed after silence_s",
-)
 @pytest.mark.parametrize("deadline_s", [0.1, None])
 def test_all_may_be_cut_off_at_once(stage: Stage, deadline_s: float | None) -> None:
     """As where the aggregator's network is gone for a moment."""

@@ -49,7 +49,6 @@ def test_a_worker_comes_back_that_was_given_up(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="it asks for each step that it lacks after a second in which nothing has come")
 def test_a_worker_that_was_given_up_need_not_ask_for_what_it_lacks(stage: Stage) -> None:
     stage.start(partial(train, steps=260, deadline_s=None), steps=260, gate=220)
     with stage.after(20, of=2):
@@ -79,7 +78,6 @@ def test_a_worker_that_comes_back_after_the_log_has_ended_hears_so_by_name(stage
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="nobody listens at the port any more, and it waits for silence_s all the same")
 def test_a_worker_that_comes_back_after_the_end_hears_so_by_name(stage: Stage) -> None:
     stage.limit_s = 30.0
     stage.start(partial(train, limits={"silence_s": 3600.0}))
@@ -97,11 +95,6 @@ def test_a_worker_that_comes_back_after_the_end_hears_so_by_name(stage: Stage) -
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="all workers count as lost, so the aggregator takes the job for finished and ends; the workers raise "
-    "JobFailed after silence_s",
-)
 def test_the_aggregator_may_pause_for_longer_than_connections_last(stage: Stage) -> None:
     stage.start(train)
     with stage.after(20, of=2):

@@ -59,7 +59,6 @@ def leaves(rank: int, member: Member) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="at its exit rank 0 waits for its aggregator, which waits for whoever is asleep")
 def test_rank_0_ends_with_its_error_although_somebody_is_asleep(stage: Stage) -> None:
     """A launcher must not wait for the error that it is to show."""
     stage.limit_s = 15.0
@@ -76,7 +75,6 @@ def breaks_while_another_sleeps(member: Member) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the others wait for join_timeout_s, 300 s by default")
 @pytest.mark.parametrize("rank", [2, 0])
 def test_an_exception_before_the_first_step_is_heard_by_all(stage: Stage, rank: int) -> None:
     """The others are in their first step, and wait for it."""

@@ -18,7 +18,6 @@ STALL_S = 2.0
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="there is no stall_timeout_s; the others wait for ever")
 @pytest.mark.parametrize(
     ("options", "limits"),
     [({"deadline_s": None}, {}), ({"quorum": 4}, {}), ({}, {"log_steps": 6}), ({}, {})],
@@ -38,7 +37,6 @@ def test_who_makes_no_progress_while_others_wait_is_given_up(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="there is no stall_timeout_s; the others wait for ever")
 def test_who_makes_no_progress_in_warm_up_ends_the_job_by_name(stage: Stage) -> None:
     stage.limit_s = 15.0
     stage.start(partial(train_until, 2, 1, sleeps, limits={"stall_timeout_s": STALL_S}), gate=99)
@@ -56,11 +54,8 @@ def test_who_is_asleep_between_deadlines_costs_the_others_no_step(stage: Stage) 
     stage.assert_equal()
 
 
-HANGS = pytest.mark.xfail(strict=True, reason="the step closes without it, and the others hang in DDP")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [pytest.param(2, marks=HANGS), 0])
+@pytest.mark.parametrize("rank", [2, 0])
 def test_who_never_makes_its_first_step_ends_the_job_by_name(stage: Stage, rank: int) -> None:
     stage.limit_s = 20.0
     stage.start(partial(never_begins, rank), gate=99)
@@ -106,7 +101,6 @@ def test_a_member_that_does_not_read_takes_no_more_memory_than_the_log(stage: St
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="there is no stall_timeout_s; the others wait for ever once the log has ended")
 def test_a_member_that_never_reads_again_is_given_up(stage: Stage) -> None:
     stage.limit_s = 30.0
     proxy = stage.proxy(2)

@@ -86,6 +86,11 @@ class Agreement:
         _bound(self._ends, MOST_ENDS)
         return verdict
 
+    def awaited(self, step: int, alive: AbstractSet[int]) -> AbstractSet[int]:
+        """Return the workers that others wait for who have stated what they are before a step, and cannot begin it."""
+        stated = self._stated.get(step, {})
+        return alive - stated.keys() if stated else frozenset()
+
     def known(self) -> list[Agreed | Marked]:
         """Return what everybody has been told, for one that may have missed it."""
         agreed: list[Agreed | Marked] = [Agreed(self._agreed_step)] if self._agreed_step >= 0 else []

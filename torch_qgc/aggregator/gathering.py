@@ -77,9 +77,15 @@ class Gathering:
         """Drop what a worker that was lost has handed over: another life of it has come."""
         self._open.pop(worker, None)
 
+    def awaited(self, alive: AbstractSet[int]) -> AbstractSet[int]:
+        """Return the live workers that the open gathering lacks, none if nobody has begun it."""
+        return (
+            frozenset(k for k in alive if k not in self._open or not self._open[k].whole) if self._open else frozenset()
+        )
+
     def settle(self, alive: AbstractSet[int]) -> list[list[Frame]]:
         """Complete the gathering if the content of all that are alive is there; return what to tell everybody."""
-        if not alive or any(k not in self._open or not self._open[k].whole for k in alive):
+        if not alive or not self._open or self.awaited(alive):
             return []
         contents = {k: [self._open[k].frames[p] for p in range(self._open[k].pieces)] for k in sorted(alive)}
         number, self.number, self._open = self.number, self.number + 1, {}
@@ -90,8 +96,7 @@ class Gathering:
 
     def _answer(self, take: Take, alive: AbstractSet[int]) -> list[list[Frame]]:
         if take.number == self.number:
-            missing = sorted(k for k in alive if k not in self._open or not self._open[k].whole)
-            return [_header(Awaited(take.number, missing[:MOST_NAMED]))]
+            return [_header(Awaited(take.number, sorted(self.awaited(alive))[:MOST_NAMED]))]
         if take.number not in self._kept:
             return [_header(Met(take.number, []))]
         return self._from(take.number, take.worker, take.piece)

@@ -29,6 +29,7 @@ __all__ = ["Job"]
 
 Frame = Any  # bytes, memoryview or another buffer
 EVERYBODY = None  # in the outbox: all workers that are in
+LINGER_S = 120.0  # for which those that have not left may be silent when others have
 
 
 class Job:
@@ -279,9 +280,14 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Nobody is in, or will come back: some have left in good order, it has failed, or all were lost long ago."""
-        over = bool(self._left_at) or self.failed is not None or self._abandoned
-        return over and not self.rounds.roster.alive.any()
+        """Nobody is in, or will come back: some have left in good order, it has failed, or all were lost long ago.
+
+        Nor does it wait for ever for who does not leave although others have: they may be waiting for each other.
+        """
+        alive = self.rounds.roster.awaited
+        if alive:
+            return bool(self._left_at) and self._progress.quiet_s(alive) > LINGER_S
+        return bool(self._left_at) or self.failed is not None or self._abandoned
 
     def close_due(self, now: float, chunks: Iterable[int] | None = None) -> None:
         """Decode, log and send the rounds that are due."""
@@ -297,11 +303,14 @@ class Job:
             self._planning.plan_if_due(self.replan, now)
 
     def _take_out_who_is_stuck(self, now: float) -> None:
-        """Name the workers that a step has been open for for long, now and then, and give up those that do nothing."""
+        """Name the workers that others have waited for for long, now and then, and give up those that do nothing."""
         step, workers = self.rounds.waited_for()
-        open_s, stuck = self._progress.look(step, workers if step in self.rounds.began_at_s else frozenset(), now)
-        if open_s is not None:
-            logger.warning("step %d has been open for %.0f s: it waits for workers %s", step, open_s, sorted(workers))
+        if step not in self.rounds.began_at_s:  # between two steps, or at the end
+            alive = self.rounds.roster.awaited
+            workers = frozenset(self._agreement.awaited(step, alive) | self._gathering.awaited(alive))
+        waited_s, stuck = self._progress.look(step, workers, now)
+        if waited_s is not None:
+            logger.warning("step %d waits for workers %s, for %.0f s by now", step, sorted(workers), waited_s)
         for worker in self.rounds.roster.joined.intersection(stuck):
             self._take_out(
                 worker,

@@ -140,8 +140,7 @@ def run(serving: Serving, parent: Parent | None = None) -> int:
         try:
             serve(aggregator, transport, clock, stop=stop)
             if not aggregator.finished:
-                why = "the aggregator was stopped, or the process that had started it (rank 0, or `qgc run`) has ended"
-                aggregator.fail(why, clock.now())
+                aggregator.fail(_why_stopped(serving, aggregator), clock.now())
         except Exception as error:
             aggregator.fail(f"the aggregator failed: {error!r}", clock.now())
             raise
@@ -152,6 +151,13 @@ def run(serving: Serving, parent: Parent | None = None) -> int:
     with contextlib.suppress(BrokenPipeError):  # a parent that is gone reads nothing
         os.write(2 if parent is None else 1, f"torch_qgc aggregator: {report}\n".encode())
     return 0 if aggregator.finished and aggregator.failed is None else 1
+
+
+def _why_stopped(serving: Serving, aggregator: Aggregator) -> str:
+    if not serving.announced or aggregator.job is None:
+        return f"aggregator {serving.index} was stopped, or the process that had started it (`qgc run`) has ended"
+    rank = serving.index % aggregator.job.spec.workers
+    return f"rank {rank}, which had started aggregator {serving.index}, has ended, or the aggregator was stopped"
 
 
 def child() -> int:
@@ -235,8 +241,8 @@ class AggregatorProcess:
         """Return the exit status, None while it runs."""
         return self._process.poll()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Wait for the job's end, at most timeout_s; then make it stop."""
+    def stop(self, timeout_s: float | None = 10.0) -> None:
+        """Wait for the job's end, at most timeout_s (None: as long as it takes); then make it stop."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
         assert self._process.stdin is not None

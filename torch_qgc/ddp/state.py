@@ -26,6 +26,7 @@ from torch_qgc.worker.advice import sequence_number_of
 from torch_qgc.worker.checkpoint import Checkpoint
 from torch_qgc.worker.collectives import Collectives
 from torch_qgc.worker.connection import Connection
+from torch_qgc.worker.ending import at_the_end
 from torch_qgc.worker.ghost import Ghost
 from torch_qgc.worker.layout import Layout
 from torch_qgc.worker.position import Phase
@@ -182,7 +183,6 @@ class QGCState:
             worker=self.rank,
             connect=connect,
             sequence_number=lambda: None if numbers.given else sequence_number_of(group),
-            leaves_alone=numbers.given and on_loss == "continue",
             trace=trace,
         )
         self._collectives = Collectives(self.replica)
@@ -200,6 +200,7 @@ class QGCState:
             self._model.register_forward_hook(forward.after),
         ]
         watch_optimizers(self.replica)
+        at_the_end(self.replica, alone=numbers.given and on_loss == "continue")
 
     @property
     def plan(self) -> Plan:
@@ -452,10 +453,13 @@ def _no_state() -> None:
 
 
 def _stop(children: list[Any], sessions: list[Session]) -> None:
-    """Let the aggregators come to the end of the job; one that this worker never was in they would wait for in vain."""
-    joined = any(session.welcomed for session in sessions)
+    """Let the aggregators come to the end of the job, which is as long as others move on; or end them at once.
+
+    At once where the job has failed, or this worker never was in it.
+    """
+    goes_on = any(session.welcomed and session.error is None for session in sessions)
     for child in children:
-        child.stop(timeout_s=120.0 if joined else 0.0)
+        child.stop(timeout_s=None if goes_on else 0.0)
 
 
 def attach(model: torch.nn.parallel.DistributedDataParallel, **options: Any) -> QGCState:

@@ -31,14 +31,18 @@ class Progress:
         """Note a message of a worker's training thread."""
         self._moved_at_s[worker] = self._watched_s
 
+    def quiet_s(self, workers: AbstractSet[int]) -> float:
+        """Return for how long none of some workers has sent anything."""
+        return self._watched_s - max((self._moved_at_s.get(worker, 0.0) for worker in workers), default=0.0)
+
     def look(self, step: int, workers: AbstractSet[int], now: float) -> tuple[float | None, list[int]]:
         """Look who is waited for.
 
         Args:
             step: the oldest that is open.
-            workers: whom it waits for.
+            workers: whom the others wait for in it, or before it.
         Returns:
-            For how many seconds it has been open, now and then when that is long, else None; and who is stuck.
+            For how many seconds they have waited, now and then when that is long, else None; and who is stuck.
         """
         passed_s = 0.0 if self._looked_at_s is None else min(now - self._looked_at_s, 1.0)
         self._looked_at_s = now
@@ -46,7 +50,7 @@ class Progress:
         if step != self._step or not workers:
             self._step, self._step_since_s, self._said_at_s = step, self._watched_s, self._watched_s
             return None, []
-        open_s = self._watched_s - self._step_since_s
+        waited_s = self._watched_s - self._step_since_s
         stuck = [
             worker
             for worker in sorted(workers)
@@ -55,4 +59,4 @@ class Progress:
         if self._watched_s - self._said_at_s < SAY_EVERY_S:
             return None, stuck
         self._said_at_s = self._watched_s
-        return open_s, stuck
+        return waited_s, stuck

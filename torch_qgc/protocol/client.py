@@ -17,7 +17,9 @@ __all__ = ["ZmqClient"]
 
 Frame = Any  # anything with the buffer interface
 TRIES = 4  # at which it hangs up, before the key is thought to be wrong; the time between them grows to a second
+RETRIES = 6  # of connections that nobody takes, some 3 s, before the aggregator is thought to be dead
 
+_OTHERS = (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED)
 _FAILURES = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 
 
@@ -38,6 +40,7 @@ class ZmqClient:
         self._monitors = []
         self._failures: list[int | None] = [0] * len(endpoints)  # of handshakes; None: one has succeeded
         self._connected: list[int] = []
+        self._retries = [0] * len(endpoints)  # since it was connected
         for endpoint, shown in zip(endpoints, passes):
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + OVERHEAD_BYTES)
@@ -48,7 +51,7 @@ class ZmqClient:
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
             shown.put_on(socket)
-            monitor = socket.get_monitor_socket(sum(_FAILURES) | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            monitor = socket.get_monitor_socket(sum(_FAILURES) | sum(_OTHERS))
             monitor.setsockopt(zmq.RCVHWM, 0)  # a full queue would stop the thread that moves messages
             socket.connect(endpoint)
             for each in (socket, monitor):
@@ -93,6 +96,17 @@ class ZmqClient:
                 )
         return None
 
+    @property
+    def deserted(self) -> str | None:
+        """Which aggregator was there, and is dead: nobody takes connections at its port any more. None if none is."""
+        for endpoint, failures, retries in zip(self._endpoints, self._failures, self._retries):
+            if failures is None and retries >= RETRIES:
+                return (
+                    f"worker {self._worker}: the aggregator at {endpoint} is dead: nobody takes connections there any "
+                    "more (it is a child of rank 0 by default: has that been killed?)"
+                )
+        return None
+
     def _note_handshakes(self) -> None:
         for aggregator, monitor in enumerate(self._monitors):
             while monitor.poll(0):
@@ -101,6 +115,9 @@ class ZmqClient:
                 if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self._failures[aggregator] = None
                     self._connected.append(aggregator)
+                elif event["event"] in _OTHERS:
+                    retried = event["event"] == zmq.EVENT_CONNECT_RETRIED
+                    self._retries[aggregator] = self._retries[aggregator] + 1 if retried else 0
                 elif failures is not None and event["event"] != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                     self._failures[aggregator] = TRIES  # it has said no, and ZeroMQ does not ask again
                 elif failures is not None and event["value"] != errno.ETIMEDOUT:  # it may be stopped for a while

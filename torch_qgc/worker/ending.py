@@ -33,8 +33,11 @@ def at_the_end(member: Member, *, alone: bool = False) -> None:
     """
     reference = weakref.ref(member)
     before, pid = sys.excepthook, os.getpid()
+    raised = False
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        nonlocal raised
+        raised = True
         before(kind, error, trace)
         alive = reference()
         if alive is None:
@@ -53,7 +56,8 @@ def at_the_end(member: Member, *, alone: bool = False) -> None:
         try:
             alive.close()
         except QGCError:
-            traceback.print_exc()
+            if not raised:  # else the job has failed because of what was shown already
+                traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)  # an exception here would not change the exit status
 

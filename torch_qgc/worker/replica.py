@@ -22,13 +22,13 @@ from torch_qgc.job.courses import Courses
 from torch_qgc.job.events import Trace, silent
 from torch_qgc.job.pace import Pace
 from torch_qgc.job.rates import ArrivalRates
+from torch_qgc.logs import logger
 from torch_qgc.planner import Plan
 from torch_qgc.planner.checks import Ints
 from torch_qgc.protocol.contract import JobSpec
 from torch_qgc.worker.advice import Advice
 from torch_qgc.worker.buffers import KeptBuffers
 from torch_qgc.worker.connection import Connection
-from torch_qgc.worker.ending import at_the_end
 from torch_qgc.worker.exchange import Exchange
 from torch_qgc.worker.facts import Facts
 from torch_qgc.worker.inbox import ClosedRound
@@ -56,7 +56,6 @@ class Replica:
         worker: this worker's number.
         connect: makes the connection to the job.
         sequence_number: of the process group's newest collective; None if it has none.
-        leaves_alone: if this process ends by an error, the others go on.
         trace: is told what happens.
         now: seconds; measures how long this worker's steps take.
     """
@@ -71,7 +70,6 @@ class Replica:
         worker: int,
         connect: Connect,
         sequence_number: Callable[[], int | None] = lambda: None,
-        leaves_alone: bool = False,
         trace: Trace = silent,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,8 +86,8 @@ class Replica:
         self._advice = Advice(spec, self.courses, worker, sequence_number)
         self._spans = Spans(worker, trace, now)
         self._connect, self._trace, self._now = connect, trace, now
-        self._leaves_alone = leaves_alone
         self._connection: Connection | None = None
+        self._line: Connection | None = None  # the same, also before this worker is in
         self._exchange: Exchange | None = None
         self._begun_at_s = 0.0
         self._pace = Pace()  # of full steps
@@ -357,10 +355,14 @@ class Replica:
 
     def tell_all(self, problem: str) -> None:
         """Make the job end on every rank, because of an error here; returns when all have heard of it, or soon."""
-        left = self.position.phase is Phase.LEFT
-        if self._connection is not None and self._connection.session.error is None and not left:
+        if self.position.phase is Phase.LEFT:
+            return
+        line = self._dial()  # it may be an error from before the first step
+        if line.session.error is None:
             self._spans.mark("fault", step=self.step, text=problem)
-            self._connection.send_fault(self.step, problem)
+            line.send_fault(self.step, problem)
+        else:
+            logger.warning("worker %d: the job had ended before that: %s", self.worker, line.session.error)
 
     def second_scale(self, parameter: torch.Tensor) -> float | torch.Tensor:
         """Return what a parameter's gradient of the last step is to be multiplied with before Adam squares it."""
@@ -452,15 +454,19 @@ class Replica:
     def joined(self) -> tuple[Connection, Exchange]:
         """Return the connection and the exchange; join the job now if that has not been done."""
         if self._connection is None or self._exchange is None:
-            connection = self._connect(self.spec, self.courses, self.step, self._trace)
-            self._closer = weakref.finalize(self, connection.close)  # if nobody closes it
+            connection = self._dial()
             connection.join(self.spec.join_timeout_s)
             self._connection = connection
             self._exchange = Exchange(
                 self.layout, self.courses, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
             )
-            at_the_end(self, alone=self._leaves_alone)
         return self._connection, self._exchange
+
+    def _dial(self) -> Connection:
+        if self._line is None:
+            self._line = self._connect(self.spec, self.courses, self.step, self._trace)
+            self._closer = weakref.finalize(self, self._line.close)  # if nobody closes it
+        return self._line
 
     def made_collective(self) -> None:
         """Note that this worker meets the others outside of a step."""

@@ -100,6 +100,8 @@ class SocketCarrier:
                 self._session.tick(now)
                 if client.shut_out is not None:
                     self._session.end(Refused(client.shut_out))
+                if client.deserted is not None:
+                    self._session.end(JobFailed(client.deserted))
                 if received or self._session.error is not None:
                     self._news.notify_all()
 
