@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.match import Match, Member
 from helpers.pumped import Pump
 from helpers.simulated import make_spec, peer_of, push_all, simple_plan, take
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.aggregator.lobby import TAKEN_S
@@ -229,3 +233,46 @@ def test_a_fault_before_the_job_is_told_to_all_who_come() -> None:
     for connection in (early, line.connect(spec, PLAN, 0)):
         with pytest.raises(JobFailed, match="worker 1 failed at step 0: no data"):
             connection.join(1.0)
+
+
+# --- any weather ------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 2),
+    st.lists(st.tuples(st.floats(0.0, 8.0), st.integers(0, 2), st.floats(0.0, 3.0)), max_size=6),
+    st.data(),
+)
+@settings(max_examples=25)
+def test_a_job_that_waits_for_all_ends_as_if_no_connection_had_ever_broken(
+    aggregators: int, cuts: list[tuple[float, int, float]], data: Any
+) -> None:
+    """Whatever is lost with connections, and however long workers take: every sum is that of an undisturbed run."""
+    plan, steps = simple_plan(3), 8
+    spec = make_spec(
+        plan, numel=2048, chunk_numel=512, aggregators=aggregators, deadline_s=None, away_s=30.0, warmup_steps=2
+    )
+    seed = data.draw(st.integers(0, 2**31))
+
+    def play(breaks: list[tuple[float, int, float]], latency_s: float) -> list[list[dict[int, bytes]]]:
+        rng = np.random.default_rng(seed)
+        match = Match(plan, spec, latency_s=lambda: float(rng.uniform(0.0, latency_s)))
+        for time_s, worker, after_s in breaks:
+            aggregator = worker % aggregators
+            connection = match.members[worker].connection
+            match.world.net.at(time_s, lambda c=connection, a=aggregator, s=after_s: match.world.cut(c, a, after_s=s))
+
+        def work(member: Member) -> None:
+            for _ in range(steps):
+                match.compute(member, float(rng.uniform(0.0, 1.5)))
+            member.connection.close()
+
+        for member in match.members:
+            match.script(member, work)
+        match.run()
+        match.check()
+        assert all(member.connection.session.rejections == [] for member in match.members)
+        assert all(each.stats["lost_workers"] == 0 for each in match.world.aggregators)
+        return [member.applied for member in match.members]
+
+    assert play(cuts, 0.3) == play([], 0.0)

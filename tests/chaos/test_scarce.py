@@ -145,8 +145,8 @@ def test_the_loaders_processes_end_with_a_rank_that_is_killed(stage: Stage, rank
     stage.end()
     if rank:
         stage.assert_equal()
-    else:  # its aggregator may notice when the job is over: the loaders' processes have the pipe between the two, too
-        stage.assert_equal_or_failed("rank 0")
+    else:  # its aggregator ends with it, whatever its loaders' processes have inherited
+        stage.assert_failed("rank 0")
 
 
 @pytest.mark.slow
@@ -158,4 +158,4 @@ def test_a_loaders_process_that_is_killed_ends_the_job_by_name(stage: Stage) -> 
         stage.others_files = "pymp-*"  # of multiprocessing, in the process that was killed
     stage.end()
     stage.assert_failed("worker 2 failed", but={2})
-    assert "DataLoader worker" in stage.log(2)
+    assert "Error" in stage.log(2)  # torch's own, or one of the connection over which it takes batches

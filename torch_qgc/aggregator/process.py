@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -222,6 +223,12 @@ class AggregatorProcess:
             )
         self.endpoint = line.removeprefix(READY).strip()
         self.pid = self._process.pid
+        _running.add(self)
+
+    def forget_pipe(self) -> None:
+        """Close the pipe in a fork of this process: else its end would not be noticed before the fork's."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def announce(self, spec: JobSpec, plan: Plan) -> None:
         """Say what the job is, once, before this process's worker joins.
@@ -255,3 +262,14 @@ class AggregatorProcess:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+
+_running: weakref.WeakSet[AggregatorProcess] = weakref.WeakSet()
+
+
+def _forget_pipes() -> None:
+    for each in list(_running):
+        each.forget_pipe()
+
+
+os.register_at_fork(after_in_child=_forget_pipes)  # DataLoader's workers are such forks
