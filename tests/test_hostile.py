@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import random
 from collections import Counter
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch_qgc.aggregator.aggregator import Aggregator
 from torch_qgc.errors import ProtocolError
 from torch_qgc.job.events import Event
 from torch_qgc.kernels import derive_key, encode, payload_bytes
+from torch_qgc.logs import logger
 from torch_qgc.planner import Plan, make_plan
 from torch_qgc.protocol import messages
 from torch_qgc.protocol.contract import JobSpec
@@ -519,3 +522,88 @@ def test_a_worker_that_claims_results_of_steps_that_have_not_closed_is_refused(s
     assert "has not closed yet" in answer.text
     honest.say(HOSTILE, hello_of_worker_2())
     assert honest.aggregator._lobby.peer_of(2) == HOSTILE
+
+
+# --- a million --------------------------------------------------------------------------------------------
+
+NUMBERS = [0, 1, 2, 3, 4, 7, 255, 256, 2**31 - 1, 2**31, 2**53 - 1, 2**53, 2**63 - 1, -1, 0.0, 0.5, 1e9, 1e300, -1e-9]
+NUMBERS += [math.inf, -math.inf, math.nan]
+OTHER_TYPES = [None, True, False, "", "x" * 200, "lost", [], [0], {}, {"a": "b"}, b"", b"\x00" * 8]
+
+
+def real_messages() -> list[list[Any]]:
+    """One of each message that a worker sends, as it should be: a map, and the frames after it."""
+    payload = delivery(0, 0, 0, 0)[1]
+    said: list[tuple[messages.FromWorker, list[bytes]]] = [
+        (messages.decode_from_worker(hello_of_worker_2()[0]), []),
+        (messages.Begin(0), []),
+        (messages.Push(0, 0, BITS, 0.0, 0.0), [payload]),
+        (messages.Push(0, 1, BITS, 0.0, 0.0), [delivery(0, 0, 1, 0)[1]]),
+        (messages.Fetch(0, 0), []),
+        (messages.Hash(1, {"parameters": "same"}), []),
+        (messages.Mark(0, 1, 0), []),
+        (messages.Gather(0, 0, 1), [b"content"]),
+        (messages.Take(0, 0, 0), []),
+        (messages.Replan(1, 5, 0.5), [OTHERS[1].to_json().encode()]),
+        (messages.Fault(0, "broken", "name"), []),
+        (messages.Bye(0), []),
+    ]
+    return [[msgspec.msgpack.decode(messages.encode_message(header)), *rest] for header, rest in said]
+
+
+def mutated(real: list[Any], step: int, rng: random.Random) -> list[bytes]:
+    """A real message of the step that is open, of which some fields, and sometimes the frames, are others."""
+    header, *rest = copy.deepcopy(real)
+    places = [header]  # maps in maps: the specification in a Hello, the rule in that
+    for value in header.values():
+        if isinstance(value, dict) and rng.random() < 0.8:
+            places.append(value)
+            places += [inner for inner in value.values() if isinstance(inner, dict)]
+    if "step" in header:
+        header["step"] = max(step - rng.choice([0, 0, 0, 1, 2]), 0)
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+        place = rng.choice(places)
+        name = rng.choice(sorted(place))
+        if name != "type" or rng.random() < 0.05:
+            place[name] = rng.choice(NUMBERS if rng.random() < 0.7 else OTHER_TYPES)
+    if rng.random() < 0.1:
+        rest = rng.choice([[], [*rest, b"x"], [b""], [frame[:-1] for frame in rest], [rng.randbytes(64)]])
+    encoded = msgspec.msgpack.encode(header)
+    if rng.random() < 0.02:
+        at = rng.randrange(len(encoded))
+        encoded = encoded[:at] + rng.randbytes(1) + encoded[at + 1 :]
+    return [encoded, *rest]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_million_mutations_of_real_messages_let_nothing_escape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a member, from another process with a member's key, and from one that is none of the job's workers.
+
+    The others' results are the sums of what was taken, and memory stays within its bounds, until somebody announces an
+    end; then the next job begins.
+    """
+    monkeypatch.setattr(logger, "disabled", True)
+    rng, real, left, jobs = random.Random(7), real_messages(), 1_000_000, 0
+    seen: Counter[str] = Counter()
+    while left > 0:
+        honest = Honest()
+        honest.join()
+        honest.say(HOSTILE, hello_of_worker_2())
+        jobs += 1
+        for step in range(50):
+            for _ in range(20):
+                frames = mutated(rng.choice(real), step, rng)
+                peer = rng.choice([HOSTILE, HOSTILE, *NOT_IN])
+                seen["past the decoder" if was_decoded(frames) else "stopped by the decoder"] += 1
+                honest.say(peer, frames)
+                left -= 1
+            assert_bounded(honest.aggregator)
+            if honest.aggregator.failed is not None or honest.aggregator.job is None:
+                break
+            honest.step(step)
+            for message, (payload,) in honest.results(0)[-SPEC.chunks :]:
+                assert_is(np.frombuffer(payload, dtype=np.float32), honest.oracle.expected[message.step, message.chunk])
+        assert honest.results(0) == honest.results(1)
+    assert jobs > 1_000
+    assert min(seen["past the decoder"], seen["stopped by the decoder"]) > 100_000, seen
