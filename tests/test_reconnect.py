@@ -212,6 +212,26 @@ def test_an_answer_to_an_earlier_hello_lets_nothing_out() -> None:
     assert len(line.session.drain()) == 1
 
 
+def test_what_was_heard_is_known_although_the_answer_to_a_hello_was_lost() -> None:
+    line = Line()
+    line.step(0, [1])
+    line.session.receive(0, [messages.encode_message(messages.Ping(0))], 0.0)  # an old one: nothing is known
+    for connection in (b"second", b"third"):  # a Hello on each; the answer to the first one is lost
+        (hello,) = [frames() for _, frames in say_hello(line)]
+        line.aggregator.receive(peer_of(1, connection), hello, line.time_s)
+    ((_, answer),) = [
+        (peer, frames)
+        for peer, frames in line.aggregator.drain()
+        if peer == peer_of(1, b"third") and isinstance(messages.decode_from_aggregator(frames[0]), messages.Welcome)
+    ]
+    assert messages.decode_from_aggregator(answer[0]) == messages.Welcome(0, attempt=3, heard=2)
+
+
+def say_hello(line: Line) -> Any:
+    line.session.connected(0)
+    return line.session.drain()
+
+
 def test_a_fault_that_was_lost_with_its_connection_is_said_again() -> None:
     line = Line()
     line.cut()
@@ -272,7 +292,8 @@ def test_a_job_that_waits_for_all_ends_as_if_no_connection_had_ever_broken(
         match.run()
         match.check()
         assert all(member.connection.session.rejections == [] for member in match.members)
-        assert all(each.stats["lost_workers"] == 0 for each in match.world.aggregators)
+        for each in match.world.aggregators:
+            assert each.stats["lost_workers"] == each.stats["repeated"] == each.stats["bad_messages"] == 0
         return [member.applied for member in match.members]
 
     assert play(cuts, 0.3) == play([], 0.0)

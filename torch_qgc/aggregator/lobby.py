@@ -63,7 +63,7 @@ class Lobby:
     def __init__(self) -> None:
         self._peer_of: dict[int, Peer] = {}
         self._session_of: dict[int, str] = {}
-        self._heard: dict[int, int] = {}  # messages of each worker's session since its last Hello
+        self._heard: dict[int, dict[int, int]] = {}  # worker -> Hello -> messages since then; the last one comes last
         self._waiting: dict[Peer, tuple[messages.Hello, float]] = {}  # and since when
 
     def worker_of(self, peer: Peer) -> int | None:
@@ -80,11 +80,13 @@ class Lobby:
 
     def hear(self, worker: int) -> None:
         """Count a message of a worker that is in."""
-        self._heard[worker] += 1
+        heard = self._heard[worker]
+        heard[max(heard)] += 1
 
     def heard(self, worker: int) -> int:
         """Return how many messages of a worker have come since its last Hello."""
-        return self._heard[worker]
+        heard = self._heard[worker]
+        return heard[max(heard)]
 
     def speaks_for(self, peer: Peer, session: str) -> bool:
         """Tell whether what a session says over a connection is the worker's word, before its Hello as well."""
@@ -121,11 +123,12 @@ class Lobby:
         """Let a worker in: for the first time, back from the dead, or over another connection than before.
 
         Returns:
-            How many messages of its session were heard since its Hello before this one; None if the session is new.
+            How many messages of its session were heard since the Hello whose answer it has; None if the session is new.
         """
-        heard = self._heard[hello.worker] if self._is_owner(hello) else None
+        heard = self._heard[hello.worker].get(hello.since, 0) if self._is_owner(hello) else None
         self._peer_of[hello.worker], self._session_of[hello.worker] = peer, hello.session
-        self._heard[hello.worker] = 0
+        # The answer to this one may be lost as well, and then the next one names the same Hello again.
+        self._heard[hello.worker] = {hello.since: heard or 0, hello.attempt: 0}
         return heard
 
     def remove(self, peer: Peer) -> int | None:

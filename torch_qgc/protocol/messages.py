@@ -79,6 +79,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     spec: JobSpec
     session: Digest = ""  # of one life of the worker: it owns the number, over whatever connection
     attempt: Index = 0  # Hellos of this session here so far
+    since: Index = 0  # the last of them whose answer has come; 0: none
 
 
 class Begin(msgspec.Struct, tag="begin", frozen=True):
@@ -191,7 +192,7 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True):
 
     oldest: Step  # whose results can still be had
     attempt: Index = 0  # the Hello that this answers
-    heard: Step = 0  # messages of the session since the Hello before: what was sent after them is to be sent again
+    heard: Step = 0  # messages since the Hello that `since` names: what was sent after them is to be sent again
     gathering: Index = 0  # the one that is open, in which a worker that comes now takes part
 
 

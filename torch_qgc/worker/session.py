@@ -151,6 +151,7 @@ class Session:
             spec=self.spec,
             session=self._name,
             attempt=attempt,
+            since=self._spoken[aggregator].since,
         )
         plan = self.courses.at(self.spec.first_step).plan
         frames = [messages.encode_message(hello), *([plan.to_json().encode()] if self.worker == 0 else [])]

@@ -37,7 +37,8 @@ class Spoken:
 
     def __init__(self) -> None:
         self.attempt = 0  # Hellos so far
-        self.let_in = False  # the last one was answered
+        self.since = 0  # the last one that was answered, from which on messages are counted
+        self.let_in = False  # that was the last of all
         self._kept: list[_Kept] = []
         self._sent = 0  # since the last answered Hello
 
@@ -55,14 +56,14 @@ class Spoken:
         """Note the answer to a Hello; tell whether it was the last one's.
 
         Args:
-            heard: messages since the Hello before that was answered.
+            heard: messages since `since`.
         """
         if attempt != self.attempt:
             return False
         self.heard(heard)
         for kept in self._kept:
             kept.number = None
-        self._sent, self.let_in = 0, True
+        self._sent, self.since, self.let_in = 0, attempt, True
         return True
 
     def heard(self, count: int) -> None:
