@@ -247,6 +247,8 @@ class Job:
         if fate is Fate.REPEATED:
             self.stats["repeated"] += 1
             return
+        if self._is_left(worker, push.step, now):
+            return
         if self._planning is not None:
             self._planning.push(worker, push, now)
         if fate is not Fate.IN_TIME:
@@ -406,9 +408,7 @@ class Job:
 
     def _begin(self, worker: int, begin: messages.Begin, now: float) -> None:
         step = begin.step
-        left = [k for k, left_at in self._left_at.items() if left_at <= step]
-        if left:
-            self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
+        if self._is_left(worker, step, now):
             return
         if begin.thin:
             self.rounds.take(worker, step, now)
@@ -433,9 +433,18 @@ class Job:
         self.rounds.leave(worker, now)
         self._send(EVERYBODY, messages.Gone(worker, "left"))
         self._left_at[worker], self._gone[worker] = step, "left"
-        if self.failed is None and self.rounds.newest_begun >= step and self.rounds.roster.alive.any():
+        # A step that others have only begun they may be about to give up, as a loop's last batches that are no whole
+        # accumulation.
+        if self.failed is None and self.rounds.is_made(step) and self.rounds.roster.alive.any():
             self.fail(_left_early(worker, step, None, self.rounds.newest_begun), now)
         self._settle_agreement(now)
+
+    def _is_left(self, worker: int, step: int, now: float) -> bool:
+        """End the job if a worker makes a step before which another one has left its loop; tell whether it does."""
+        left = [k for k, left_at in self._left_at.items() if left_at <= step]
+        if left:
+            self.fail(_left_early(left[0], self._left_at[left[0]], worker, step), now)
+        return bool(left)
 
     def _settle_agreement(self, now: float) -> None:
         """Compare what all that are alive have stated, and hand out what all of them have handed over."""

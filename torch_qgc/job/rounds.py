@@ -132,6 +132,10 @@ class Rounds(Generic[T]):
         """The newest step that a worker has begun; the one before the job's first if none has."""
         return max([*self.began_at_s, self.newest - 1])
 
+    def is_made(self, step: int) -> bool:
+        """Tell whether somebody has sent a payload for a step, which may have closed since."""
+        return self.newest > step or any(r.present for r in self._open.values() if r.step == step)
+
     def open_step(self, chunk: int) -> int:
         """Return the step that is open for a chunk.
 

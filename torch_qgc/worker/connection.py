@@ -204,7 +204,8 @@ class Connection:
         session, gathering, before = self._session, self._session.gathering, self._session.gathering.news
         self._carrier.flush()
         self._carrier.wait_for(lambda: session.error or gathering.asks or gathering.news > before, max(timeout_s, 0.0))
-        self._check()
+        if not gathering.complete:  # else whatever came after it is for the next call to say
+            self._check()
         return gathering.news > before
 
     def send_fault(self, step: int, text: str, timeout_s: float = 5.0) -> bool:
