@@ -136,3 +136,19 @@ def test_a_loss_in_the_warm_up_is_an_error_on_all(how: str) -> None:
     job.pump()
     with pytest.raises(JobFailed, match=r"worker 2 was lost in step 0.*In the first 2 steps all must take part"):
         workers[0].closed(0)
+
+
+def test_nobody_is_stuck_while_all_compute() -> None:
+    """A first step in which everybody compiles for an hour."""
+    job = Pump([Aggregator()])
+    spec = make_spec(PLAN, deadline_s=None, warmup_steps=2, stall_timeout_s=30.0)
+    workers = [job.connect(spec, PLAN, k) for k in range(3)]
+    for worker in workers:
+        worker.join(1.0)
+        worker.begin(0)
+    for _ in range(100):
+        job.time_s += 1.0
+        job.pump()
+    for worker in workers:
+        push_all(worker, PLAN, 0, torch.ones(512))
+    assert take(workers[0]).shape == (512,)

@@ -307,7 +307,7 @@ class Job:
     def _take_out_who_is_stuck(self, now: float) -> None:
         """Name the workers that others have waited for for long, now and then, and give up those that do nothing."""
         step, workers = self.rounds.waited_for()
-        if step not in self.rounds.began_at_s:  # between two steps, or at the end
+        if not self.rounds.is_made(step):  # nobody waits in it: all compute, or are between two steps, or at the end
             alive = self.rounds.roster.awaited
             workers = frozenset(self._agreement.awaited(step, alive) | self._gathering.awaited(alive))
         waited_s, stuck = self._progress.look(step, workers, now)
