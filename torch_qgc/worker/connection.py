@@ -270,12 +270,12 @@ class Connection:
             return self._session.inbox.elapsed_s(step, self._carrier.now())
 
     def close(self) -> None:
-        """Say goodbye, and wait a moment until it is heard: whoever just goes away is taken for lost."""
+        """Say goodbye, and wait a moment until it is heard."""
         session, everybody = self._session, len(self._session.endpoints)
         with self._carrier.locked():
             session.leave()
             self._carrier.flush()
-            if len(session.welcomed) == everybody and session.error is None:
+            if session.expects_goodbye:
                 self._carrier.wait_for(lambda: session.error or len(session.left_at) == everybody, GOODBYE_S)
         self._carrier.close()
 

@@ -125,6 +125,11 @@ class Session:
             self._say([messages.encode_message(messages.Fetch(step, chunk))], [chunk % count], step)
 
     @property
+    def expects_goodbye(self) -> bool:
+        """It is in the job at every aggregator, and that goes on: whoever just goes away is taken for lost."""
+        return len(self.welcomed) == len(self.endpoints) and self.error is None and self._fault is None
+
+    @property
     def unheard(self) -> int:
         """Messages that were said, and may have to be said again."""
         return sum(len(spoken) for spoken in self._spoken)
