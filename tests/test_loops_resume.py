@@ -275,7 +275,9 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_holds() -> None:
 
 def test_a_worker_that_was_never_in_is_not_taken_for_lost() -> None:
     plan = make_plan([0.1, 0.1])
-    saved = Checkpoint(step=5, seed=0, rates=[1.3, 0.0], loaders=[], plan=plan.to_json(), peak_lr=0.0)
+    saved = Checkpoint(
+        step=5, seed=0, rates=[1.3, 0.0], loaders=[], plan=plan.to_json(), peak_lr=0.0, loops=0, gatherings=0
+    )
     informed = saved.informed(plan)
     assert informed.straggle_probs.tolist() == [0.0, 0.99]
     np.testing.assert_array_equal(informed.shares, plan.shares)
