@@ -26,9 +26,15 @@ WORKERS = 3
 LIMITS = qgc.Limits(chunk_numel=512, join_timeout_s=PATIENCE_S, silence_s=PATIENCE_S)
 
 
+def leave_group() -> None:
+    """Leave the process group of all ranks, when all are connected: those that still connect would fail."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def alone() -> None:
     """Leave the process group of all ranks for one of this worker alone."""
-    dist.destroy_process_group()
+    leave_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -66,7 +72,7 @@ def by_environment(rank: int, endpoints: tuple[str, ...]) -> tuple[str, int, flo
     """As a script that knows nothing about `qgc run`."""
     os.environ |= environment.variables(rank, WORKERS, endpoints, restarts=0)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.destroy_process_group()
+    leave_group()
     dist.init_process_group("gloo")
     return train(qgc.QGCState(DistributedDataParallel(mlp(20)), deadline_s=None, limits=LIMITS))
 
