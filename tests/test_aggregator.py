@@ -347,7 +347,7 @@ def talk() -> Talk:
         ({"layout_digest": "another"}, "same model"),
         ({"plan_digest": "another"}, "same plan"),
         ({"deadline_s": 2.0}, "same arguments"),
-        ({"seed": 5}, "same arguments"),
+        ({"seed": 5}, "same seed"),
     ],
 )
 def test_a_worker_of_another_job_is_refused_by_name(talk: Talk, changes: dict[str, Any], named: str) -> None:

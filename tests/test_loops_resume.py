@@ -257,6 +257,20 @@ def test_loops_that_make_no_steps_change_nothing() -> None:
     assert loader.state_dict() == {"epoch": 0, "samples": 6}
 
 
+def test_a_loop_has_come_to_its_end_with_its_last_batch() -> None:
+    """Where a checkpoint is loaded that was written then, nothing is left of the loop, and it is not counted."""
+    replica: Any = FakeReplica(make_plan([0.1] * 2))
+    loader = make_loader(replica, TensorDataset(torch.arange(40)), batch_size=5)
+    seen = []
+    for _ in loader:
+        seen.append(loader.at_its_end)
+        replica.make_step()
+        seen.append(loader.at_its_end)
+    assert seen == [False] * 6 + [True] * 2  # a position counts batches that were handed out, too
+    assert not loader.at_its_end
+    assert loader.state_dict() == {"epoch": 1, "samples": 0}
+
+
 @pytest.mark.parametrize(("workers", "batches"), [(2, 3), (1, 7), (3, 2), (8, 0)])
 def test_positions_are_samples_and_round_down_to_batches(workers: int, batches: int) -> None:
     replica: Any = FakeReplica(make_plan([0.1] * workers))
@@ -275,7 +289,9 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_holds() -> None:
 
 def test_a_worker_that_was_never_in_is_not_taken_for_lost() -> None:
     plan = make_plan([0.1, 0.1])
-    saved = Checkpoint(step=5, seed=0, rates=[1.3, 0.0], loaders=[], plan=plan.to_json(), peak_lr=0.0)
+    saved = Checkpoint(
+        step=5, seed=0, rates=[1.3, 0.0], loaders=[], plan=plan.to_json(), peak_lr=0.0, loops=0, gatherings=0
+    )
     informed = saved.informed(plan)
     assert informed.straggle_probs.tolist() == [0.0, 0.99]
     np.testing.assert_array_equal(informed.shares, plan.shares)

@@ -26,9 +26,15 @@ WORKERS = 3
 LIMITS = qgc.Limits(chunk_numel=512, join_timeout_s=PATIENCE_S, silence_s=PATIENCE_S)
 
 
+def leave_group() -> None:
+    """Leave the process group of all ranks, when all are connected: those that still connect would fail."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def alone() -> None:
     """Leave the process group of all ranks for one of this worker alone."""
-    dist.destroy_process_group()
+    leave_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -66,7 +72,7 @@ def by_environment(rank: int, endpoints: tuple[str, ...]) -> tuple[str, int, flo
     """As a script that knows nothing about `qgc run`."""
     os.environ |= environment.variables(rank, WORKERS, endpoints, restarts=0)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.destroy_process_group()
+    leave_group()
     dist.init_process_group("gloo")
     return train(qgc.QGCState(DistributedDataParallel(mlp(20)), deadline_s=None, limits=LIMITS))
 
@@ -81,7 +87,7 @@ def test_workers_with_groups_of_their_own_train_as_one_job(script: Any) -> None:
     assert len({drawn for _, _, drawn in found}) == WORKERS  # each has drawn samples of its own
 
 
-def unequal(rank: int, endpoints: tuple[str, ...]) -> str:
+def unequal(rank: int, endpoints: tuple[str, ...], step: int) -> str:
     alone()
     model = mlp(20)
     torch.nn.init.constant_(model[0].bias, float(rank))
@@ -89,15 +95,17 @@ def unequal(rank: int, endpoints: tuple[str, ...]) -> str:
     state = qgc.QGCState(
         DistributedDataParallel(model), deadline_s=None, worker=rank, workers=2, network=network, limits=LIMITS
     )
+    state.load_state_dict({**state.state_dict(), "step": step})
     with pytest.raises(qgc.JobFailed) as caught:
         train(state)
     return str(caught.value)
 
 
-def test_models_that_no_group_has_made_equal_are_compared_before_the_first_step() -> None:
+@pytest.mark.parametrize("step", [0, 7])
+def test_models_that_no_group_has_made_equal_are_compared_before_the_first_step(step: int) -> None:
     with aggregators() as endpoints:
-        for text in run_ranks(unequal, endpoints, ranks=2):
-            assert "replicas differ before step 0" in text
+        for text in run_ranks(unequal, endpoints, step, ranks=2):
+            assert f"replicas differ before step {step}" in text
 
 
 ENDING = """

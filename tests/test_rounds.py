@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,8 +104,16 @@ def test_a_folded_payload_is_no_arrival() -> None:
     [("fold", 9, Fate.FOLDED), ("fold", 2, Fate.FOLDED), ("fold", 1, Fate.DROPPED), ("drop", 9, Fate.DROPPED)],
 )
 def test_what_is_late_is_folded_up_to_the_staleness_allowed(late: str, made_for: int, fate: Fate) -> None:
-    rounds = rounds_at(frozenset(), frozenset(range(K)), deadline_s=1.0, late=late, max_staleness=8)
+    rule: dict[str, Any] = dict(deadline_s=1.0, late=late, max_staleness=8)
+    rounds = rounds_at(frozenset(), frozenset(range(K)), warmup_steps=0, **rule)
     assert rounds.arrive(4, made_for, 0, None, 0.5) is fate
+
+
+@pytest.mark.parametrize("rule", [{"deadline_s": None}, {"deadline_s": 1.0, "warmup_steps": 10}])
+def test_what_is_late_for_a_step_that_has_waited_for_all_is_dropped(rule: dict[str, Any]) -> None:
+    """The worker counted as lost when that step closed, and the others have stood in for it."""
+    rounds = rounds_at(frozenset(), frozenset(range(K)), **rule)
+    assert rounds.arrive(4, 9, 0, None, 0.5) is Fate.DROPPED
 
 
 def test_a_payload_that_is_said_again_counts_once() -> None:

@@ -277,6 +277,87 @@ def test_a_worker_comes_back_into_the_job_and_all_end_equal(
     assert [job.said("started", k) for k in range(3)] == [["0"], ["0", "1"], ["0"]]
 
 
+# Worker 0 writes checkpoints; whoever starts loads the newest, and workers kill themselves where they are told to.
+CHECKPOINTED = """
+import torch, torch.distributed as dist
+import torch_qgc as qgc
+torch.set_num_threads(1)
+torch.manual_seed(0)
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(12, 1))
+limits = qgc.Limits(chunk_numel=512, log_steps={log_steps})
+state = qgc.QGCState(model, deadline_s={deadline_s}, verify_every=10, limits=limits)
+model.register_comm_hook(state, qgc.qgc_hook)
+optimizer = qgc.CodedAdam(model.parameters(), state, lr=0.01)
+x = torch.randn(state.workers * 4 * {per_epoch}, 12, generator=torch.Generator().manual_seed(1))
+loader = state.loader(torch.utils.data.TensorDataset(x), batch_size=4)
+parts = {{"model": model.module, "optimizer": optimizer, "state": state}}
+path = folder / "checkpoint.pt"
+if path.exists():
+    found = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(found[name])
+    say("loaded", state.step)
+while loader.sampler.epoch < {epochs}:
+    epoch = loader.sampler.epoch
+    for batch, in loader:
+        if not restarts and {kills}.get(worker) == state.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if restarts:
+            say("back", state.step)
+        for killed in {kills}:
+            if worker not in {kills} and state.step == {waits_at}:
+                wait_for(f"back-{{killed}}")
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if worker == 0 and state.step % 10 == 0:
+            torch.save({{name: part.state_dict() for name, part in parts.items()}}, folder / "half.pt")
+            os.replace(folder / "half.pt", path)
+    met = [epoch, state.step]
+    told = state.all_gather(met)
+    assert all(each == met for each in told.values()), (told, met)
+report = state.report()
+state.close()
+say("end", f"{{state.step}},{{state.replica.layout.parameter_digest()}},{{report.computed_steps}}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "kills", "deadline_s", "steps"),
+    [
+        pytest.param(2, {1: 12}, 0.2, (2, 10), id="one"),
+        pytest.param(2, {1: 12}, None, (2, 10), id="one of those that wait for all", marks=pytest.mark.slow),
+        pytest.param(3, {1: 25, 2: 40}, 0.2, (3, 20), id="two", marks=pytest.mark.slow),
+    ],
+)
+def test_a_worker_comes_back_from_the_newest_checkpoint_and_all_end_equal(
+    start: Callable[..., Running], workers: int, kills: dict[int, int], deadline_s: float | None, steps: tuple[int, int]
+) -> None:
+    """The log does not reach back to the job's beginning."""
+    epochs, per_epoch = steps
+    script = CHECKPOINTED.format(
+        deadline_s=deadline_s,
+        kills=kills,
+        epochs=epochs,
+        per_epoch=per_epoch,
+        waits_at=epochs * per_epoch - 3,
+        log_steps=12 if epochs == 2 else 40,
+    )
+    job = start(script, f"--workers={workers}", "--restart-delay-s=0")
+    status, _, err = job.end()
+    assert status == 0, err
+    ends = [job.said("end", k)[0].split(",") for k in range(workers)]
+    assert {end[0] for end in ends} == {str(epochs * per_epoch)}
+    assert len({end[1] for end in ends}) == 1
+    for killed, step in kills.items():
+        assert job.said("started", killed) == ["0", "1"]
+        [loaded] = map(int, job.said("loaded", killed))
+        assert loaded >= step // 10 * 10
+        if deadline_s is None:  # then what is made thin is what had closed without it, and nothing else
+            assert int(ends[killed][2]) < epochs * per_epoch - loaded
+
+
 @pytest.mark.slow
 def test_two_of_them_make_one_job(start: Callable[..., Running], tmp_path: Path) -> None:
     """As on two machines, of which the first runs the aggregator."""

@@ -45,6 +45,7 @@ def make_spec(plan: Plan, **changes: Any) -> JobSpec:
         join_timeout_s=1e9,
         away_s=0.0,
         stall_timeout_s=1e9,
+        one_group=True,
     )
     return JobSpec(**{**fields, **changes})
 

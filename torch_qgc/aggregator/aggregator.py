@@ -209,7 +209,7 @@ class Aggregator:
             if self.job is None:
                 self._begin(*read_job(hello, rest, aggregators=self.count), now)
             assert self.job is not None
-            self._lobby.check(hello, self.job.spec)
+            self._lobby.check(hello, self.job.spec, running=self.job.running)
             self.job.oldest_for(hello.worker, hello.step)
         except (ProtocolError, PlanError, ConfigError) as error:
             self._refuse(peer, messages.as_text(error))

@@ -66,11 +66,13 @@ class Gathering:
             return self._answer(message, alive)
         where = f"worker {worker}, gathering {message.number}"
         self._cut.check(where, message.piece, message.pieces, rest)
-        if message.number == self.number:  # else it is said again
-            content = self._open.setdefault(worker, _Content(message.pieces))
-            if content.pieces != message.pieces:
-                raise ProtocolError(f"{where}: expected {content.pieces} pieces as before, got {message.pieces}")
-            content.frames.setdefault(message.piece, rest[0])
+        if message.number < self.number:  # said again, or by a worker that comes back: it gets what all others got
+            whole = message.piece == message.pieces - 1
+            return self._answer(Take(message.number, 0, 0), alive) if whole else []
+        content = self._open.setdefault(worker, _Content(message.pieces))
+        if content.pieces != message.pieces:
+            raise ProtocolError(f"{where}: expected {content.pieces} pieces as before, got {message.pieces}")
+        content.frames.setdefault(message.piece, rest[0])
         return []
 
     def forget(self, worker: int) -> None:

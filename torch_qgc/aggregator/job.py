@@ -87,6 +87,11 @@ class Job:
 
     # --- members come and go ----------------------------------------------------------------------------
 
+    @property
+    def running(self) -> bool:
+        """A step has closed, so that a worker that comes now may have a checkpoint of this job."""
+        return self.rounds.oldest > self.spec.first_step
+
     def oldest_for(self, worker: int, step: int) -> int:
         """Return the oldest step whose results can be had, for a worker that lacks those from `step` on.
 
@@ -119,7 +124,8 @@ class Job:
         oldest = self.oldest_for(worker, step)
         if heard is None:
             self._gathering.forget(worker)
-        self._send(worker, messages.Welcome(oldest, hello.attempt, heard or 0, self._gathering.number))
+            self._agreement.forget(worker)
+        self._welcome(hello, oldest, heard or 0)
         self._enter(worker, step, now)
         logger.info("worker %d joined at step %d", worker, step)
         for course in self.courses.changes if self._decides else ():
@@ -132,6 +138,13 @@ class Job:
             if message is not None:
                 self._send(worker, message)
         self.feed.start(worker, step)
+
+    def _welcome(self, hello: messages.Hello, oldest: int, heard: int) -> None:
+        first, newest = self.courses.first, self.courses.newest.version if self._decides else 0
+        header = messages.Welcome(oldest, hello.attempt, heard, first.from_step, newest)
+        known = hello.spec.plan_digest == self.spec.plan_digest
+        plan = [] if known else [first.plan.to_json().encode()]
+        self.outbox.append((hello.worker, [messages.encode_message(header), *plan]))
 
     def _enter(self, worker: int, step: int, now: float) -> None:
         self.rounds.join(worker, step, now)
@@ -161,7 +174,7 @@ class Job:
             return
         step = self.rounds.oldest
         logger.info("worker %d was lost in step %d: %s", worker, step, why)
-        if self.courses.warms_up(step):
+        if self.spec.one_group and self.courses.warms_up(step):
             self.fail(
                 f"worker {worker} was lost in step {step}: {why}. In the first {self.spec.rule.warmup_steps} steps all "
                 "must take part (DDP rebuilds its buckets there): start the job again",

@@ -22,6 +22,8 @@ _REMEDIES = {
     "workers": "start every rank with the same world size",
     "layout_digest": "build the same model on every rank (names, shapes, order, requires_grad)",
     "plan_digest": "pass the same plan to every rank",
+    "first_step": "load the same checkpoint on every rank; a later one is for workers that come back to a running job",
+    "seed": "pass the same seed on every rank, and load a checkpoint of this job",
 }
 
 
@@ -101,14 +103,20 @@ class Lobby:
     def _is_owner(self, hello: messages.Hello) -> bool:
         return bool(hello.session) and self._session_of.get(hello.worker) == hello.session
 
-    def check(self, hello: messages.Hello, spec: JobSpec) -> None:
+    def check(self, hello: messages.Hello, spec: JobSpec, *, running: bool) -> None:
         """Check that a worker belongs to a job.
 
+        Args:
+            running: a step has closed, so that a worker may come back with a later checkpoint, of a plan that knows
+                more than the job has begun with.
         Raises:
             ProtocolError: it does not; names the field that differs.
         """
-        if hello.spec != spec:
-            mine, theirs = msgspec.to_builtins(spec), msgspec.to_builtins(hello.spec)
+        expects = hello.spec
+        if running:
+            expects = msgspec.structs.replace(expects, first_step=spec.first_step, plan_digest=spec.plan_digest)
+        if expects != spec:
+            mine, theirs = msgspec.to_builtins(spec), msgspec.to_builtins(expects)
             mine |= {f"rule.{name}": value for name, value in mine.pop("rule").items()}
             theirs |= {f"rule.{name}": value for name, value in theirs.pop("rule").items()}
             name = next(name for name, value in mine.items() if theirs[name] != value)

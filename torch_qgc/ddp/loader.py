@@ -93,6 +93,11 @@ class CodedLoader:
     def _made_steps(self) -> bool:
         return self._begun_at is not None and self._replica.step > self._begun_at
 
+    @property
+    def at_its_end(self) -> bool:
+        """The loop over it has had all batches of the epoch, and is about to end."""
+        return self._made_steps and self._handed >= len(self.sampler)
+
     def _epoch(self) -> Iterator[Any]:
         ahead = self._loader.num_workers > 0  # batches are cut and loaded before it is known which steps close
         batches, sampler = iter(self._loader), self.sampler
@@ -120,7 +125,7 @@ class CodedLoader:
             The others' loops have ended before the step that is next, and so does this one.
         """
         replica = self._replica
-        if not (replica.update.known and replica.may_be_late):
+        if not replica.update.known:
             return False
         replayed = False
         while self._handed < len(self.sampler):

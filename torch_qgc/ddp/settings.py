@@ -105,6 +105,7 @@ def job_spec(
     replan_every: int,
     control_variates: bool,
     limits: Limits,
+    one_group: bool,
 ) -> JobSpec:
     """Return what all workers and aggregators of a DDP job must agree on, validated.
 
@@ -131,6 +132,7 @@ def job_spec(
         join_timeout_s=limits.join_timeout_s,
         away_s=limits.away_s,
         stall_timeout_s=limits.stall_timeout_s,
+        one_group=one_group,
     )
     spec.validate(plan)
     return spec

@@ -153,6 +153,7 @@ class QGCState:
                 replan_every=replans,
                 control_variates=control_variates,
                 limits=limits,
+                one_group=not numbers.given,
             )
         reached = start_aggregators(self._group, numbers, network, spec, plan)
         # Whatever is finalized at the interpreter's exit goes in reverse order: first the replica leaves the job.
@@ -375,17 +376,23 @@ class QGCState:
             loaders=[loader.state_dict() for loader in self._loaders],
             plan=self.plan.to_json(),
             peak_lr=self.replica.facts.thermometer.peak,
+            # A loop of which nothing is left does not count where the checkpoint is loaded, as it makes no step there.
+            loops=self.replica.loops + any(loader.at_its_end for loader in self._loaders),
+            gatherings=self.replica.gatherings,
         ).to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint: before the first step, on every rank, before or after `state.loader`.
+
+        A worker that was started again, alone, comes back to the running job with a checkpoint of it, of whatever step
+        the job's log still reaches back to: see docs/launching.md.
 
         Raises:
             ConfigError: steps have been made already, or it is no checkpoint of a QGCState.
         """
         found = Checkpoint.from_dict(state_dict)
         plan = found.informed(self.plan)
-        self.replica.start_at(found.step, found.seed, plan)
+        self.replica.start_at(found.step, found.seed, plan, loops=found.loops, gatherings=found.gatherings)
         self.replica.facts.thermometer.peak = found.peak_lr
         self._positions = list(found.loaders)
         for loader in self._loaders[: len(self._positions)]:

@@ -98,6 +98,7 @@ class Thinner:
 
     def _begin(self) -> None:
         replica = self.replica
+        replica.loop_begins()
         self._first_step, self._in_step_before = replica.step, replica.in_step
         self._abandoned_before = replica.abandoned_steps
         self._unused = 0  # batches that no forward pass has seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,10 +93,41 @@ class Courses:
     """
 
     def __init__(self, rule: ClosingRule, plan: Plan, first_step: int = 0) -> None:
-        self.rule, self.first_step = rule, first_step
-        deadline_s = None if rule.deadline_s == "auto" else rule.deadline_s
+        self.rule = rule
+        self._begin_with(plan, first_step)
+
+    def _begin_with(self, plan: Plan, first_step: int) -> None:
+        deadline_s = None if self.rule.deadline_s == "auto" else self.rule.deadline_s
+        self.first_step = first_step
         # Replaced as a whole, so that another thread may read it.
         self._courses: tuple[Course, ...] = (Course(version=0, from_step=first_step, plan=plan, deadline_s=deadline_s),)
+        self._lacks_some = False  # of the first changes
+
+    def come_back(self, plan: Plan, first_step: int) -> None:
+        """Put in place what a running job has begun with, for a worker that comes back to it with a later checkpoint.
+
+        The changes since then are to be added, from the oldest on that is still kept.
+
+        Args:
+            plan: the job's first one.
+            first_step: of the job.
+        Raises:
+            ConfigError: the worker's own plan is for another job: loaders may have been made of it already.
+        """
+        own = self._courses[0].plan
+        if dataclasses.replace(own, straggle_probs=plan.straggle_probs) != plan:
+            raise ConfigError(
+                f"plan: expected the running job's, with digest {plan.digest()}, got one with digest {own.digest()} "
+                "that differs in more than how often workers are late: pass the same arguments as when the job was "
+                "started"
+            )
+        self._begin_with(plan, first_step)
+        self._lacks_some = True
+
+    @property
+    def first(self) -> Course:
+        """What the job has begun with."""
+        return self._courses[0]
 
     def at(self, step: int) -> Course:
         """Return the course that holds for a step."""
@@ -127,12 +159,14 @@ class Courses:
                     f"{known.from_step} on, got {course.plan.digest()} from step {course.from_step} on"
                 )
             return False
-        if course.version != newest.version + 1 or course.from_step <= newest.from_step:
+        follows = course.version == newest.version + 1 or self._lacks_some
+        if not follows or course.from_step <= newest.from_step:
             raise ProtocolError(
                 f"plan {course.version} from step {course.from_step} on: expected number {newest.version + 1}, for a "
                 f"step after {newest.from_step}"
             )
         self._courses = (self._courses[0], *self._courses[1:][1 - KEPT :], course)
+        self._lacks_some = False
         return True
 
     def following(self, plan: Plan, deadline_s: float | None, *, open_step: int) -> Course:

@@ -221,6 +221,8 @@ class Rounds(Generic[T]):
         if staleness == 0:
             fate = Fate.IN_TIME
             current.present.add(worker)
+        elif self.waits_for_all(made_for):
+            fate = Fate.DROPPED  # the worker counted as lost when that step closed: the others have stood in for it
         elif self.rule.late == "fold" and staleness <= self.rule.max_staleness:
             fate = Fate.FOLDED
         else:

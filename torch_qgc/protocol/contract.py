@@ -109,6 +109,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     join_timeout_s: Seconds  # how long the first step waits for workers that have not joined
     away_s: Seconds  # how long a worker whose connection is gone may take to come back before it counts as lost
     stall_timeout_s: Seconds  # how long a worker may keep the others waiting without a sign of its training thread
+    one_group: bool  # workers share a process group, in which DDP's first steps need all of them
 
     @property
     def chunks(self) -> int:

@@ -188,12 +188,16 @@ class Replan(msgspec.Struct, tag="replan", frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
-    """Confirm that the worker is in. What it lacks follows unasked: plans, who is gone, results."""
+    """Confirm that the worker is in. What it lacks follows unasked: plans, who is gone, results.
+
+    Second frame: the plan that the job began with (JSON), if it is not the one of the worker's spec.
+    """
 
     oldest: Step  # whose results can still be had
     attempt: Index = 0  # the Hello that this answers
     heard: Step = 0  # messages since the Hello that `since` names: what was sent after them is to be sent again
-    gathering: Index = 0  # the one that is open, in which a worker that comes now takes part
+    first_step: Step = 0  # of the job; another than the worker's own, if it has come back with a later checkpoint
+    plan: Index = 0  # version of the newest plan of those that follow, which aggregator 0 tells
 
 
 class Refusal(msgspec.Struct, tag="refusal", frozen=True):

@@ -28,6 +28,7 @@ class Advice:
 
     def __init__(self, spec: JobSpec, courses: Courses, worker: int, sequence_number: Callable[[], int | None]) -> None:
         self.courses = courses
+        self.first_step = spec.first_step  # of this worker
         self.own_collectives = 0  # over the aggregator
         self._spec, self._worker, self._sequence_number = spec, worker, sequence_number
         self._given: set[str] = set()
@@ -60,9 +61,7 @@ class Advice:
 
     def _compare(self, before: int | None, after: int | None, where: str) -> None:
         """Count the steps in a row in which a collective was made here."""
-        if (
-            before is None or after is None or self._step < self._spec.first_step + 3
-        ):  # DDP's own are in its first steps
+        if before is None or after is None or self._step < self.first_step + 3:  # DDP's own are in its first steps
             return
         self._collectives[where] = self._collectives.get(where, 0) + 1 if after != before else 0
         if self._collectives[where] >= _SEEN_OFTEN:

@@ -28,6 +28,8 @@ class Checkpoint:
         loaders: position of each of the state's loaders, in the order in which they were made.
         plan: JSON, for the record: `Plan.from_json(checkpoint["plan"])`.
         peak_lr: the highest learning rate so far.
+        loops: over loaders that are over.
+        gatherings: calls that all workers make together, so far in this job.
     """
 
     step: int
@@ -36,6 +38,8 @@ class Checkpoint:
     loaders: list[dict[str, int]]
     plan: str
     peak_lr: float
+    loops: int
+    gatherings: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a dict that torch.save and torch.load(weights_only=True) take."""

@@ -75,12 +75,12 @@ class Connection:
         """
         session = self._session
         with self._carrier.locked():
-            everybody = len(session.endpoints)
             self._carrier.flush()
-            self._carrier.wait_for(lambda: session.error or len(session.welcomed) == everybody, timeout_s)
+            self._carrier.wait_for(lambda: session.error or session.is_in, timeout_s)
             self._check()
-            if len(session.welcomed) < everybody:
-                missing = [e for a, e in enumerate(session.endpoints) if a not in session.welcomed]
+            if not session.is_in:
+                silent = [e for a, e in enumerate(session.endpoints) if a not in session.welcomed]
+                missing = silent or session.endpoints[:1]  # which has not told all plans
                 raise JobFailed(
                     f"worker {session.worker}: no answer from the aggregator at {', '.join(missing)} within "
                     f"{timeout_s:.0f} s: is it running and reachable, and has worker 0 joined?"

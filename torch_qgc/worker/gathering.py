@@ -21,7 +21,7 @@ class Gathering:
     Args:
         spec: the job.
     Attributes:
-        number: of those that are over here.
+        number: of those that are over here; a worker that comes back sets it to that of its checkpoint.
         news: counts what was heard of the one that is open.
         awaited: workers whose content is not there yet, as far as was heard.
     """
@@ -31,7 +31,6 @@ class Gathering:
         self.news = 0
         self.awaited: list[int] = []
         self._cut = Cut.of(spec)
-        self._joined = False
         self._begin([])
 
     def _begin(self, said: list[list[Frame]]) -> None:
@@ -41,11 +40,6 @@ class Gathering:
         self._heard: dict[tuple[int, int], Frame] = {}
         self._missing: list[tuple[int, int]] = []  # the last one is the next to come
         self._asks = False
-
-    def join(self, number: int) -> None:
-        """Note which gathering is open where this worker comes in; later ones it counts by itself."""
-        if not self._joined:
-            self._joined, self.number = True, number
 
     def begin(self, content: bytes) -> list[list[Frame]]:
         """Take part in the next gathering; return what to say.

@@ -82,6 +82,11 @@ class Replica:
         self.facts = Facts(self.statement, self.courses)
         self.update = Update(layout, self.check_exchanged)
         self.loops = 0  # over loaders, in which steps were made
+        self._gatherings: int | None = (
+            None  # in the job of the checkpoint that was loaded, until this one goes on there
+        )
+        self._goes_on = False  # a loop or a step has begun
+        self._came_back = False  # to a job that began at an earlier step
         self._buffers = KeptBuffers(module)
         self._advice = Advice(spec, self.courses, worker, sequence_number)
         self._spans = Spans(worker, trace, now)
@@ -114,7 +119,7 @@ class Replica:
 
     @property
     def may_be_late(self) -> bool:
-        """Steps may close without this worker."""
+        """Steps may close without workers that are alive."""
         return self.spec.rule.may_be_late
 
     @property
@@ -122,9 +127,12 @@ class Replica:
         """Why the job has ended on every rank, as far as this one has heard; None while it goes on."""
         return None if self._connection is None else self._connection.session.error
 
-    def start_at(self, step: int, seed: int, plan: Plan) -> None:
+    def start_at(self, step: int, seed: int, plan: Plan, *, loops: int = 0, gatherings: int = 0) -> None:
         """Begin with another step than 0, as a checkpoint says.
 
+        Args:
+            loops: that are over.
+            gatherings: that were made in the job of the checkpoint. They count only if this worker comes back to it.
         Raises:
             ConfigError: steps have been made already.
         """
@@ -137,8 +145,10 @@ class Replica:
         self.spec.validate(plan)
         self.courses = Courses(self.spec.rule, plan, step)
         self._advice.courses = self.facts.courses = self.courses
-        self.position, self.statement.stated_step = Position(step), step
+        self.statement.stated_step += step - self.step
+        self.position, self._advice.first_step = Position(step), step
         self.rates = ArrivalRates(1.0 - plan.straggle_probs, len(self.layout.chunks))
+        self.loops, self._gatherings = loops, gatherings
 
     # --- before a step ------------------------------------------------------------------------------------
 
@@ -190,8 +200,8 @@ class Replica:
         return self.position.phase in (Phase.BEGUN, Phase.THIN) and self._passes.awaits_backward
 
     def _closes_without_us(self, step: int) -> bool:
-        if not self.may_be_late:
-            return False
+        if not self.may_be_late:  # only one that was lost, or has come back, lacks results that are there
+            return self._connection is not None and self._connection.closed(step)
         connection, _ = self.joined()
         if connection.closed(step):
             return True
@@ -218,11 +228,9 @@ class Replica:
         self._passes.forward(synced=synced)
         if self.in_step:
             return
-        connection, exchange = self.joined()
-        self._advice.before_forward(self.step)
-        self._state_if_due()
+        connection, exchange = self._enter_step()
         # With a thin batch for the step before (two steps per batch, say) an open step is computed on what there is.
-        thin = self._has_thin_batch and self.may_be_late and connection.closed(self.step)
+        thin = self._has_thin_batch and connection.closed(self.step)
         self.position.go("begin thin" if thin else "begin")
         if thin:
             self._buffers.keep()
@@ -230,6 +238,14 @@ class Replica:
         self._begun_at_s = self._now()
         self._spans.mark("begin", step=self.step, thin=thin)
         connection.begin(self.step, thin=thin, **self.facts.at(self._begun_at_s))
+
+    def _enter_step(self) -> tuple[Connection, Exchange]:
+        """Do what comes before each step, and return what `joined` does."""
+        self._goes_on = True
+        connection, exchange = self.joined()
+        self._advice.before_forward(self.step)
+        self._state_if_due()
+        return connection, exchange
 
     def backward_begins(self) -> None:
         """A backward pass through DDP's outputs begins. Called by autograd."""
@@ -382,9 +398,7 @@ class Replica:
 
     def take_missed(self) -> None:
         """Put the result of a step that closed without this worker into `.grad`; an update has to follow."""
-        connection, exchange = self.joined()
-        self._advice.before_forward(self.step)
-        self._state_if_due()
+        connection, exchange = self._enter_step()
         scale = self.update.loss_scale()
         self.position.go("replay")
         connection.begin(self.step, thin=True, **self.facts.at(self._now()))
@@ -457,16 +471,34 @@ class Replica:
             connection = self._dial()
             connection.join(self.spec.join_timeout_s)
             self._connection = connection
+            self._came_back = connection.spec.first_step != self.spec.first_step
+            self.spec = connection.spec
             self._exchange = Exchange(
                 self.layout, self.courses, connection, worker=self.worker, seed=self.spec.seed, spans=self._spans
             )
+        if self._goes_on and self._gatherings is not None:
+            # What it has called before that, all others have called before their first step, too: it got what they got.
+            if self._came_back:
+                self._connection.session.gathering.number = self._gatherings
+            self._gatherings = None
         return self._connection, self._exchange
+
+    def loop_begins(self) -> None:
+        """Note that the loop over a loader begins: the first one goes on where the checkpoint was taken."""
+        self._goes_on = True
 
     def _dial(self) -> Connection:
         if self._line is None:
             self._line = self._connect(self.spec, self.courses, self.step, self._trace)
             self._closer = weakref.finalize(self, self._line.close)  # if nobody closes it
         return self._line
+
+    @property
+    def gatherings(self) -> int:
+        """Calls that all workers make together, so far in this job."""
+        if self._gatherings is not None:
+            return self._gatherings
+        return 0 if self._connection is None else self._connection.session.gathering.number
 
     def made_collective(self) -> None:
         """Note that this worker meets the others outside of a step."""

@@ -6,7 +6,9 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch_qgc.errors import JobFailed, QGCError, Refused
+import msgspec
+
+from torch_qgc.errors import ConfigError, JobFailed, PlanError, QGCError, Refused
 from torch_qgc.job.courses import Course, Courses
 from torch_qgc.job.events import Event, Trace, silent
 from torch_qgc.logs import logger
@@ -67,6 +69,7 @@ class Session:
         self._unheld: list[Outgoing] = []  # hellos, and what needs none
         self._fault: Message | None = None
         self._left = False
+        self._newest_plan = 0  # as the welcomes have said
         self._name = secrets.token_hex(16)
         self._connected: set[int] = set()
         self.courses = courses
@@ -158,7 +161,7 @@ class Session:
             attempt=attempt,
             since=self._spoken[aggregator].since,
         )
-        plan = self.courses.at(self.spec.first_step).plan
+        plan = self.courses.first.plan
         frames = [messages.encode_message(hello), *([plan.to_json().encode()] if self.worker == 0 else [])]
         self._unheld.append((aggregator, lambda: frames))
 
@@ -186,11 +189,11 @@ class Session:
             case messages.Started(step, elapsed_s):
                 self._note_begun(aggregator, step)
                 self.inbox.start(step, now - elapsed_s)
-            case messages.Welcome(_, attempt, heard, gathering):
+            case messages.Welcome(_, attempt, heard, _, plan):
+                self._come_back(message, frames[1:])  # also if it is passed over: what follows it is not
                 if self._spoken[aggregator].answered(attempt, heard):
                     self.welcomed.add(aggregator)
-                    if aggregator == 0:
-                        self.gathering.join(gathering)
+                    self._newest_plan = max(self._newest_plan, plan)
                     self._trace(Event(now, "joined", self.inbox.step, None, self.worker, {"aggregator": aggregator}))
             case messages.Introduce():
                 if self._spoken[aggregator].let_in:  # else it is being answered
@@ -223,6 +226,32 @@ class Session:
                     self.end(Refused(text))
             case messages.Ping(heard):
                 self._spoken[aggregator].heard(heard)
+
+    def _come_back(self, welcome: messages.Welcome, rest: list[Frame]) -> None:
+        """Take over what a running job has begun with, where a later checkpoint than its first one says otherwise.
+
+        Raises:
+            ProtocolError, PlanError: what follows the header is no plan.
+        """
+        plan = messages.plan_frame(rest, "the job's first plan") if rest else self.courses.first.plan
+        spec = msgspec.structs.replace(self.spec, first_step=welcome.first_step, plan_digest=plan.digest())
+        if spec == self.spec:
+            return
+        if self.welcomed:
+            self.end(JobFailed(f"worker {self.worker}: the aggregators do not agree on what the job has begun with"))
+            return
+        try:
+            spec.validate(plan)
+            self.courses.come_back(plan, spec.first_step)
+        except (ConfigError, PlanError) as error:
+            self.end(Refused(f"worker {self.worker} cannot come back to the job: {error}"))
+            return
+        self.spec = spec
+
+    @property
+    def is_in(self) -> bool:
+        """Every aggregator has let this worker in, and it knows the plans that were made before that."""
+        return len(self.welcomed) == len(self.endpoints) and self.courses.newest.version >= self._newest_plan
 
     def _pass_on(self, course: Course, aggregators: Iterable[int]) -> None:
         """Tell other aggregators of a plan that aggregator 0 has made."""
@@ -279,6 +308,6 @@ class Session:
         if self.error is not None:
             phase = f"ended: {str(self.error)!r:.300}"
         else:
-            phase = "in the job" if len(self.welcomed) == len(self.endpoints) else "joining"
+            phase = "in the job" if self.is_in else "joining"
         let_in = f"let in by {len(self.welcomed)} of {len(self.endpoints)} aggregators"
         return f"Session(worker {self.worker}, {phase}, {let_in}, {self.inbox!r})"

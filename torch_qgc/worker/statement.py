@@ -17,7 +17,7 @@ __all__ = ["Statement", "Verifiable"]
 Verifiable: TypeAlias = "torch.Tensor | torch.nn.Module | Mapping[Any, Any] | Iterable[Any] | Callable[[], Any]"
 
 _MOST_CHARACTERS = 200
-_EARLY = (4, 8, 16, 32)  # steps of the job, beside every `verify_every`
+_EARLY = (0, 4, 8, 16, 32)  # steps of the job, beside every `verify_every`
 
 
 class Statement:
