@@ -7,10 +7,9 @@ READY := $(VENV)/.ready
 # One thread per process: tests and examples run several processes on few cores.
 export OMP_NUM_THREADS := 1
 
-# Tests that train on several processes, and all others: they run side by side, on two cores.
+# Tests that train on several processes or run what the pages show, and all others: they run side by side, on two cores.
 PROCESSES := tests/loops tests/chaos $(wildcard tests/test_hook.py tests/test_run.py tests/test_numbers.py \
-	tests/test_loops*.py tests/test_strategy.py \
-	tests/test_integrations_*.py tests/test_examples_*.py)
+	tests/test_loops*.py tests/test_strategy.py tests/test_docs.py tests/test_integrations_*.py tests/test_examples_*.py)
 
 .PHONY: demo test test-processes test-others test-all check docs format clean
 

@@ -39,6 +39,6 @@ def patience_at_the_end(rank: int, steps: int) -> tuple[list[float], list[int | 
 def test_a_job_is_waited_for_at_the_end_only_if_it_has_begun(steps: int) -> None:
     given, ended = run_ranks(patience_at_the_end, steps, ranks=1)[0]
     assert len(given) == len(ended) == 1
-    assert (given[0] > 0) == (steps > 0)
+    assert (given[0] != 0) == (steps > 0)  # None: as long as it takes
     assert ended[0] is not None
     assert steps == 0 or ended[0] == 0  # its job was finished

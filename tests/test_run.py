@@ -255,11 +255,12 @@ say("end", f"{{state.step}},{{state.replica.layout.parameter_digest()}},{{state.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "shown"),
     [
         pytest.param("os.kill(os.getpid(), signal.SIGKILL)", "by SIGKILL", id="killed"),
-        pytest.param("raise ValueError('its own')", "exit status 1", id="an error", marks=pytest.mark.slow),
+        pytest.param("raise ValueError('its own')", "exit status 1", id="an error"),
     ],
 )
 def test_a_worker_comes_back_into_the_job_and_all_end_equal(
