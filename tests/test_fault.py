@@ -235,3 +235,15 @@ def test_a_killed_process_is_noticed_and_the_others_are_warned(warned: pytest.Lo
         assert worker.session.gone == {1: "lost"}
         assert len(losses(warned)) == 1
         worker.close()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_aggregator_ends_a_while_after_its_job_has_failed_whoever_does_not_leave(begun: bool) -> None:
+    aggregator = Aggregator(told=not begun)
+    for worker in range(2):
+        for _, frames in session_for(make_spec(PLAN), PLAN, worker).drain():
+            aggregator.receive(peer_of(worker), frames(), 0.0)
+    aggregator.fail("broken on purpose", 0.0)
+    for seconds, finished in ((0.0, False), (59.0, False), (61.0, True)):
+        aggregator.tick(seconds)
+        assert aggregator.finished is finished

@@ -25,7 +25,7 @@ __all__ = ["Aggregator"]
 
 Frame = Any  # bytes, memoryview or another buffer
 RETRY_S = 0.02  # after which a full queue is tried again
-FAILED_S = 60.0  # for which whoever comes is told that the job cannot begin
+FAILED_S = 60.0  # for which whoever speaks or comes is told that the job has failed
 
 
 class Aggregator:
@@ -56,7 +56,8 @@ class Aggregator:
         self._lobby = Lobby()
         self._outbox: list[tuple[Peer, list[Frame]]] = []
         self._failed_before: str | None = None  # the job began
-        self._failed_at_s, self._over = 0.0, False
+        self._failed_at_s: float | None = None
+        self._over = False
         self._threads, self._ping_interval_s, self._trace = threads, ping_interval_s, trace
         self._next_ping_at_s = 0.0
 
@@ -121,8 +122,10 @@ class Aggregator:
 
     def tick(self, now: float) -> None:
         """Close what is due, and ping."""
+        if self.failed is not None:
+            self._failed_at_s = now if self._failed_at_s is None else self._failed_at_s
+            self._over = now > self._failed_at_s + FAILED_S
         if self.job is None:
-            self._over = self._failed_before is not None and now > self._failed_at_s + FAILED_S
             return
         if self.failed is None:
             self.job.tick(now)
@@ -154,8 +157,8 @@ class Aggregator:
 
     @property
     def finished(self) -> bool:
-        """All workers of the job have left, or are lost for good; or it cannot begin, and all had time to hear that."""
-        return self._over if self.job is None else self.job.finished
+        """All workers of the job have left, or are lost for good; or it has failed, and all had time to hear that."""
+        return self._over or (self.job is not None and self.job.finished)
 
     def fail(self, text: str, now: float) -> None:
         """End the job on every rank, also one that has not begun."""
@@ -163,7 +166,7 @@ class Aggregator:
             self.job.fail(text, now)
             self._collect()
         elif self._failed_before is None:
-            self._failed_before, self._failed_at_s = messages.as_text(text), now
+            self._failed_before = messages.as_text(text)
             logger.info("the job has failed before it began: %s", text)
             for peer, _ in self._lobby.take_waiting():
                 self._send(peer, messages.Failed(self._failed_before))
