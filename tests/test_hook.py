@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -396,7 +397,7 @@ def failing_job(rank: int, where: str) -> str:
 def test_an_error_in_the_hook_of_one_rank_reaches_all_ranks() -> None:
     texts = run_ranks(failing_job, "hook", ranks=3)
     assert all("broken on purpose" in text for text in texts), texts
-    assert texts[0].startswith("JobFailed at 4: worker 1 failed at step 4")
+    assert re.match(r"JobFailed at [34]: worker 1 failed at step 4", texts[0])  # it may not have read the last result
     assert texts[1].startswith("QGCError at 4")
 
 
