@@ -7,9 +7,10 @@ READY := $(VENV)/.ready
 # One thread per process: tests and examples run several processes on few cores.
 export OMP_NUM_THREADS := 1
 
-# Tests that train on several processes or run what the pages show, and all others: they run side by side, on two cores.
+# Tests of several processes and of what the pages show, and all others: they run side by side, on two cores.
 PROCESSES := tests/loops tests/chaos $(wildcard tests/test_hook.py tests/test_run.py tests/test_numbers.py \
-	tests/test_loops*.py tests/test_strategy.py tests/test_docs.py tests/test_integrations_*.py tests/test_examples_*.py)
+	tests/test_loops*.py tests/test_strategy.py tests/test_docs.py tests/test_cli.py tests/test_port.py \
+	tests/test_fault.py tests/test_collectives.py tests/test_integrations_*.py tests/test_examples_*.py)
 
 .PHONY: demo test test-processes test-others test-all check docs format clean
 
