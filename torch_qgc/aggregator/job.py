@@ -138,6 +138,7 @@ class Job:
             if message is not None:
                 self._send(worker, message)
         self.feed.start(worker, step)
+        self._settle_agreement(now)
 
     def _welcome(self, hello: messages.Hello, oldest: int, heard: int) -> None:
         first, newest = self.courses.first, self.courses.newest.version if self._decides else 0
@@ -461,6 +462,8 @@ class Job:
 
     def _settle_agreement(self, now: float) -> None:
         """Compare what all that are alive have stated, and hand out what all of them have handed over."""
+        if self.rounds.roster.here < self.rounds.roster.awaited:
+            return  # what one that is away has said counts when it is back, and not if it is lost
         alive = self.rounds.roster.awaited
         self.outbox += [(EVERYBODY, frames) for frames in self._gathering.settle(alive)]
         verdict = self._agreement.settle(alive)
