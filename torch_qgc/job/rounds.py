@@ -34,7 +34,7 @@ class Fate(enum.Enum):
     IN_TIME = "in time"
     FOLDED = "folded"  # late: enters the open round
     DROPPED = "dropped"  # too late
-    REPEATED = "repeated"  # it was delivered before: said again on a new connection
+    REPEATED = "repeated"  # it was delivered before
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,8 @@ class Replica:
         self.facts = Facts(self.statement, self.courses)
         self.update = Update(layout, self.check_exchanged)
         self.loops = 0  # over loaders, in which steps were made
-        self._gatherings: int | None = (
-            None  # in the job of the checkpoint that was loaded, until this one goes on there
-        )
+        # Of the job of the checkpoint that was loaded, until this worker goes on there.
+        self._gatherings: int | None = None
         self._goes_on = False  # a loop or a step has begun
         self._came_back = False  # to a job that began at an earlier step
         self._buffers = KeptBuffers(module)
